@@ -1,0 +1,610 @@
+//! Runs plans over a transport: the one place where schedules meet the network.
+//!
+//! The engine belongs to whichever thread runs an operation: the caller's for blocking calls, the
+//! progress thread's for started ones. It sends and receives together, looks for bad news only when
+//! nothing moves, and parks with a deadline.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use paceline_transport::frame::{InFrame, OutFrame};
+use paceline_transport::{self as transport, Transport};
+
+use crate::buffer::Buffers;
+use crate::control::{Cause, Control};
+use crate::error::{Call, Error};
+use crate::fault::Fault;
+use crate::kernels::{Own, Reducer};
+use crate::operation::Operation;
+use crate::plan::{Local, Place, Plan, Round, Transfer};
+
+/// How long a rank whose deadline has passed waits to hear who else is waiting, so that the rank
+/// everybody waits for is named and not a rank that waits itself. A live peer answers within its
+/// longest park below; the rest is for a busy machine.
+const LATE_GRACE: Duration = Duration::from_millis(300);
+
+/// The longest park in an operation. Every event wakes the engine; this only bounds the damage of a
+/// wake-up that a transport misses, at no measurable cost.
+const LONGEST_PARK: Duration = Duration::from_millis(50);
+
+/// How long a failing rank waits for its last message, saying why, to be delivered.
+const ABORT_GRACE: Duration = Duration::from_millis(200);
+
+/// Past calls kept to say in a mismatch what this rank called under an older number.
+const HISTORY_LEN: usize = 64;
+
+/// Runs one operation at a time on the links of one epoch.
+pub(crate) struct Engine {
+    transport: Box<dyn Transport>,
+    /// The head of each peer's next frame, as far as it has come; kept between operations.
+    heads: Vec<InFrame>,
+    fault: Arc<Fault>,
+    timeout: Duration,
+    history: VecDeque<Operation>,
+    /// The fatal error, once there is one.
+    failed: Option<Error>,
+    /// Told about the fatal error.
+    pub(crate) observer: Option<Observer>,
+    scratch: Scratch,
+    round: Round,
+    /// Payload bytes handed to and taken from the links since the start.
+    pub(crate) sent_bytes: u64,
+    pub(crate) received_bytes: u64,
+}
+
+/// Whoever wants to know that the communicator has failed, and why.
+pub(crate) type Observer = Box<dyn FnOnce(&Error) + Send>;
+
+/// Memory of the engine, reused between operations; bounded by the segment size, not by the message.
+#[derive(Default)]
+struct Scratch {
+    /// One segment per peer, each `staged_stride` words after the one before. Words, so that every
+    /// dtype is aligned.
+    staged: Vec<u64>,
+    staged_stride: usize,
+    /// A ring's partial result, and the one that comes in.
+    partial: Vec<u64>,
+    received_partial: Vec<u64>,
+}
+
+/// One operation on its way through the engine.
+struct Running<'a> {
+    operation: Operation,
+    buffers: Buffers<'a>,
+    reducer: Option<Reducer>,
+    started: Instant,
+    deadline: Instant,
+    /// Frames exchanged with each peer so far in this operation.
+    frames_sent: Vec<u32>,
+    frames_received: Vec<u32>,
+    late: Late,
+}
+
+/// What is known about who waits for whom, once a deadline has passed.
+#[derive(Default)]
+struct Late {
+    asked_at: Option<Instant>,
+    answers: Vec<(usize, Vec<usize>)>,
+}
+
+struct Outgoing {
+    transfer: Transfer,
+    frame: OutFrame,
+}
+
+struct Incoming {
+    transfer: Transfer,
+    /// Payload bytes so far, or `None` until the head has been read.
+    received: Option<usize>,
+    done: bool,
+}
+
+impl Engine {
+    pub(crate) fn new(transport: Box<dyn Transport>, fault: Arc<Fault>, timeout: Duration) -> Self {
+        let heads = (0..transport.world_size()).map(|_| InFrame::default()).collect();
+        Self {
+            transport,
+            heads,
+            fault,
+            timeout,
+            history: VecDeque::with_capacity(HISTORY_LEN),
+            failed: None,
+            observer: None,
+            scratch: Scratch::default(),
+            round: Round::default(),
+            sent_bytes: 0,
+            received_bytes: 0,
+        }
+    }
+
+    /// Runs one operation to its end, well or not. Blocks the calling thread until the deadline at most
+    /// (and a short grace, in which the culprit of a time-out is found).
+    pub(crate) fn run(
+        &mut self,
+        operation: Operation,
+        plan: &Plan,
+        reducer: Option<Reducer>,
+        buffers: Buffers<'_>,
+    ) -> Result<(), Error> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        let started = Instant::now();
+        let world_size = self.transport.world_size();
+        let mut running = Running {
+            operation,
+            buffers,
+            reducer,
+            started,
+            deadline: started + self.timeout,
+            frames_sent: vec![0; world_size],
+            frames_received: vec![0; world_size],
+            late: Late::default(),
+        };
+        if self.history.len() == HISTORY_LEN {
+            self.history.pop_front();
+        }
+        self.history.push_back(operation);
+        self.run_rounds(plan, &mut running).map_err(|error| self.fail(error))
+    }
+
+    /// Leaves in order; the engine is of no use afterwards.
+    pub(crate) fn leave(&mut self, deadline: Instant) -> Result<(), Error> {
+        self.transport.leave(deadline).map_err(|error| Error::Leave { reason: error.to_string() })
+    }
+
+    fn run_rounds(&mut self, plan: &Plan, running: &mut Running<'_>) -> Result<(), Error> {
+        self.hear_bad_news(running, &[])?;
+        let mut round = std::mem::take(&mut self.round);
+        for index in 0..plan.rounds() {
+            plan.round(index, &mut round);
+            self.exchange(&round, running)?;
+            for &local in &round.locals {
+                self.run_local(local, running);
+            }
+        }
+        self.round = round;
+        Ok(())
+    }
+
+    /// Moves all transfers of a round, in any interleaving, in order per peer.
+    fn exchange(&mut self, round: &Round, running: &mut Running<'_>) -> Result<(), Error> {
+        self.scratch.make_room(round, &running.operation, self.transport.world_size());
+        let mut sends: Vec<Outgoing> =
+            round.sends.iter().map(|&transfer| self.outgoing(transfer, running)).collect();
+        let mut receives: Vec<Incoming> =
+            round.receives.iter().map(|&transfer| Incoming { transfer, received: None, done: false }).collect();
+        loop {
+            let moved = self.send_some(&mut sends, running).map_err(|error| self.link_error(error, running))?
+                | self.receive_some(&mut receives, running)?;
+            sends.retain(|send| !send.frame.is_done());
+            receives.retain(|receive| !receive.done);
+            if sends.is_empty() && receives.is_empty() {
+                return Ok(());
+            }
+            if !moved {
+                self.idle(&sends, &receives, running)?;
+            }
+        }
+    }
+
+    fn outgoing(&self, transfer: Transfer, running: &mut Running<'_>) -> Outgoing {
+        let index = &mut running.frames_sent[transfer.peer];
+        let prefix = running.operation.to_prefix(*index);
+        *index += 1;
+        let bytes = transfer.span.len * wire_size(transfer.place, &running.operation);
+        Outgoing { transfer, frame: OutFrame::new(0, self.transport.epoch(), &prefix, bytes) }
+    }
+
+    /// Sends what the windows take; at most one frame per peer is under way.
+    fn send_some(&mut self, sends: &mut [Outgoing], running: &Running<'_>) -> Result<bool, transport::Error> {
+        let (mut moved, mut full) = (false, PeerSet::default());
+        for send in sends {
+            let Transfer { peer, place, span } = send.transfer;
+            if full.contains(peer) {
+                continue;
+            }
+            let size = running.operation.dtype.size();
+            let payload = match place {
+                Place::Input => running.buffers.input(span, size),
+                Place::Output => running.buffers.output(span, size),
+                Place::Partial => {
+                    let bytes = span.len * running.operation.dtype.accumulator().size();
+                    &bytemuck::cast_slice(&self.scratch.partial)[..bytes]
+                }
+                Place::Staged => unreachable!("schedules send nothing from the staging area"),
+            };
+            while !send.frame.is_done() {
+                let sent = send.frame.try_send(&mut *self.transport, peer, payload)?;
+                if sent == 0 {
+                    full.insert(peer);
+                    break;
+                }
+                moved = true;
+                self.sent_bytes += sent as u64;
+            }
+        }
+        Ok(moved)
+    }
+
+    /// Receives what has come, straight to its place; in order per peer.
+    fn receive_some(&mut self, receives: &mut [Incoming], running: &mut Running<'_>) -> Result<bool, Error> {
+        let (mut moved, mut empty) = (false, PeerSet::default());
+        for receive in receives {
+            let peer = receive.transfer.peer;
+            if empty.contains(peer) {
+                continue;
+            }
+            moved |= self.receive(receive, running)?;
+            if !receive.done {
+                empty.insert(peer);
+            }
+        }
+        Ok(moved)
+    }
+
+    fn receive(&mut self, receive: &mut Incoming, running: &mut Running<'_>) -> Result<bool, Error> {
+        let Transfer { peer, place, span } = receive.transfer;
+        let size = wire_size(place, &running.operation);
+        let mut moved = false;
+        let mut received = match receive.received {
+            Some(received) => received,
+            None if self.take_head(peer, span.len * size, running)? => {
+                moved = true;
+                0
+            }
+            None => return Ok(false),
+        };
+        let into = match place {
+            Place::Output => running.buffers.output_mut(span, size),
+            Place::Staged => self.scratch.staged_mut(peer, span.len * size),
+            Place::Partial => {
+                &mut bytemuck::cast_slice_mut(&mut self.scratch.received_partial)[..span.len * size]
+            }
+            Place::Input => unreachable!("schedules never write the input"),
+        };
+        let result = loop {
+            if received == into.len() {
+                break Ok(());
+            }
+            match self.transport.try_recv(peer, &mut into[received..]) {
+                Ok(0) => break Ok(()),
+                Ok(count) => {
+                    moved = true;
+                    received += count;
+                    self.received_bytes += count as u64;
+                }
+                Err(error) => break Err(error),
+            }
+        };
+        receive.received = Some(received);
+        receive.done = received == into.len();
+        result.map_err(|error| self.link_error(error, running))?;
+        Ok(moved)
+    }
+
+    /// Takes the head of the peer's next frame off its stream, if it has come. It must be the next
+    /// frame of this operation, with a payload of `expected` bytes.
+    fn take_head(&mut self, peer: usize, expected: usize, running: &mut Running<'_>) -> Result<bool, Error> {
+        let (header, prefix) = match self.heads[peer].peek(&mut *self.transport, peer) {
+            Ok(Some(head)) => head,
+            Ok(None) => return Ok(false),
+            Err(error) => return Err(self.link_error(error, running)),
+        };
+        let lost = |reason: String| Error::PeerLost { operation: running.operation, rank: peer, reason };
+        let Some((theirs, index)) = Operation::from_prefix(prefix) else {
+            return Err(lost("it sent a frame of an unknown operation".to_owned()));
+        };
+        if theirs != running.operation {
+            return Err(self.mismatch(peer, theirs, running));
+        }
+        if index != running.frames_received[peer] || header.len as usize != expected {
+            let frames = running.frames_received[peer];
+            return Err(lost(format!(
+                "it sent frame {index} with {} bytes where frame {frames} with {expected} bytes was due",
+                header.len
+            )));
+        }
+        running.frames_received[peer] += 1;
+        self.heads[peer].consume();
+        Ok(true)
+    }
+
+    /// Nothing moved: looks for bad news and for calls that disagree, then parks.
+    fn idle(
+        &mut self,
+        sends: &[Outgoing],
+        receives: &[Incoming],
+        running: &mut Running<'_>,
+    ) -> Result<(), Error> {
+        let mut waiting_for: Vec<usize> = receives.iter().map(|receive| receive.transfer.peer).collect();
+        waiting_for.extend(sends.iter().map(|send| send.transfer.peer));
+        waiting_for.sort_unstable();
+        waiting_for.dedup();
+        self.hear_bad_news(running, &waiting_for)?;
+        self.look_for_mismatch(receives, running)?;
+        let now = Instant::now();
+        let until = match running.late.asked_at {
+            None if now < running.deadline => running.deadline,
+            None => {
+                running.late.asked_at = Some(now);
+                self.tell_all(&Control::WhoIsLate);
+                now + LATE_GRACE
+            }
+            Some(asked_at) if now < asked_at + LATE_GRACE => asked_at + LATE_GRACE,
+            Some(_) => {
+                let culprits = running.late.culprits(self.transport.rank(), &waiting_for);
+                return Err(Error::TimedOut {
+                    operation: running.operation,
+                    waiting_for: culprits,
+                    elapsed: running.started.elapsed(),
+                });
+            }
+        };
+        self.transport.wait(until.min(now + LONGEST_PARK));
+        Ok(())
+    }
+
+    /// Reads what peers and the owner of the communicator have to say.
+    fn hear_bad_news(&mut self, running: &mut Running<'_>, waiting_for: &[usize]) -> Result<(), Error> {
+        for peer in self.peers() {
+            // The end of the lane is no news in itself: the data lane knows whether the peer is needed.
+            while let Ok(Some(message)) = self.transport.try_recv_control(peer) {
+                self.hear(peer, &message, running, waiting_for)?;
+            }
+        }
+        let Some(news) = self.fault.take() else { return Ok(()) };
+        let operation = running.operation;
+        for (rank, reason) in news.lost {
+            let left = rank < self.transport.world_size()
+                && rank != self.transport.rank()
+                && self.transport.try_recv_control(rank) == Err(transport::Error::Left { peer: rank });
+            if !left {
+                return Err(Error::PeerLost { operation, rank, reason });
+            }
+        }
+        news.interrupted.map_or(Ok(()), |reason| Err(Error::Interrupted { operation, reason }))
+    }
+
+    fn hear(
+        &mut self,
+        peer: usize,
+        message: &[u8],
+        running: &mut Running<'_>,
+        waiting_for: &[usize],
+    ) -> Result<(), Error> {
+        match Control::from_bytes(message) {
+            Ok(Control::Abort(cause)) => {
+                return Err(cause.into_error(running.operation, self.transport.rank()));
+            }
+            Ok(Control::WhoIsLate) if !waiting_for.is_empty() => {
+                // A peer that cannot be told is lost, which its data lane says better.
+                let _ = self.transport.send_control(peer, &Control::waiting_for(waiting_for).to_bytes());
+            }
+            Ok(Control::WhoIsLate) => {}
+            Ok(Control::WaitingFor(ranks)) => {
+                running.late.answers.push((peer, ranks.into_iter().map(|rank| rank as usize).collect()));
+            }
+            Err(reason) => {
+                return Err(Error::PeerLost { operation: running.operation, rank: peer, reason });
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks at the next frame of peers from which nothing is due now: a frame that cannot belong to
+    /// the future says that the peer called something else.
+    fn look_for_mismatch(&mut self, receives: &[Incoming], running: &mut Running<'_>) -> Result<(), Error> {
+        for peer in self.peers() {
+            if receives.iter().any(|receive| receive.transfer.peer == peer) {
+                continue;
+            }
+            let theirs = match self.heads[peer].peek(&mut *self.transport, peer) {
+                Ok(Some((_, prefix))) => Operation::from_prefix(prefix).map(|(operation, _)| operation),
+                Ok(None) | Err(transport::Error::Left { .. }) => continue,
+                Err(error) => return Err(self.link_error(error, running)),
+            };
+            if let Some(theirs) = theirs
+                && running.operation.rules_out(&theirs)
+            {
+                return Err(self.mismatch(peer, theirs, running));
+            }
+        }
+        Ok(())
+    }
+
+    fn mismatch(&self, peer: usize, theirs: Operation, running: &Running<'_>) -> Error {
+        let same_number = |ours: &&Operation| ours.number == theirs.number && **ours != theirs;
+        let ours = self.history.iter().rev().find(same_number).copied().unwrap_or(running.operation);
+        let calls = [
+            Call { rank: self.transport.rank(), operation: ours },
+            Call { rank: peer, operation: theirs },
+        ];
+        Error::Mismatch { operation: running.operation, calls: Box::new(calls) }
+    }
+
+    /// The error of an operation whose link failed. A peer that gave up says why before its link ends,
+    /// and so do others: their reason is better than "connection closed".
+    fn link_error(&mut self, error: transport::Error, running: &mut Running<'_>) -> Error {
+        if let Err(told) = self.hear_bad_news(running, &[]) {
+            return told;
+        }
+        let operation = running.operation;
+        match error {
+            transport::Error::Left { peer } => Error::PeerLeft { operation, rank: peer },
+            transport::Error::Lost { peer, reason } => Error::PeerLost { operation, rank: peer, reason },
+            other => Error::Interrupted { operation, reason: other.to_string() },
+        }
+    }
+
+    /// Notes a fatal error and tells the others, so that nobody waits for this rank.
+    fn fail(&mut self, error: Error) -> Error {
+        if let Some(observer) = self.observer.take() {
+            observer(&error);
+        }
+        if let Some(cause) = Cause::of(&error, self.transport.rank()) {
+            tracing::debug!(rank = self.transport.rank(), %error, "operation failed");
+            self.transport.abort(&Control::Abort(cause).to_bytes(), Instant::now() + ABORT_GRACE);
+        }
+        self.failed = Some(error.clone());
+        error
+    }
+
+    fn tell_all(&mut self, message: &Control) {
+        let bytes = message.to_bytes();
+        for peer in self.peers() {
+            // A peer that cannot be told is lost, which its data lane says better.
+            let _ = self.transport.send_control(peer, &bytes);
+        }
+    }
+
+    fn peers(&self) -> impl Iterator<Item = usize> + use<> {
+        let rank = self.transport.rank();
+        (0..self.transport.world_size()).filter(move |&peer| peer != rank)
+    }
+
+    fn run_local(&mut self, local: Local, running: &mut Running<'_>) {
+        let Running { operation, buffers, reducer, .. } = running;
+        let size = operation.dtype.size();
+        let scratch = &mut self.scratch;
+        let kernels = |reducer| Option::as_mut(reducer).expect("an operation that reduces has its kernels");
+        match local {
+            Local::Copy { input, output_start } => {
+                if let (Some(input), output) = buffers.input_and_output(input, output_start, size) {
+                    output.copy_from_slice(input);
+                }
+            }
+            Local::ReduceStaged { input, output_start } => {
+                let (own, output) = buffers.input_and_output(input, output_start, size);
+                let own = own.map_or(Own::InPlace, Own::Separate);
+                let staged = |peer| scratch.staged(peer, input.len * size);
+                kernels(reducer).reduce(self.transport.rank(), own, staged, output);
+            }
+            Local::StartPartial { input } => {
+                kernels(reducer).start_partial(buffers.input(input, size), &mut scratch.partial);
+            }
+            Local::AddToPartial { input } => {
+                std::mem::swap(&mut scratch.partial, &mut scratch.received_partial);
+                kernels(reducer).add_to_partial(buffers.input(input, size), &mut scratch.partial);
+            }
+            Local::FinishPartial { output } => {
+                kernels(reducer).finish_partial(&scratch.partial, buffers.output_mut(output, size));
+            }
+        }
+    }
+}
+
+impl Scratch {
+    /// Grows to what the transfers and local steps of a round need. A segment bounds each part.
+    fn make_room(&mut self, round: &Round, operation: &Operation, world_size: usize) {
+        let staged = round.receives.iter().filter(|receive| receive.place == Place::Staged);
+        let longest = staged.map(|receive| receive.span.len).max().unwrap_or(0);
+        self.staged_stride = self.staged_stride.max(words(longest * operation.dtype.size()));
+        if longest > 0 && self.staged.len() < self.staged_stride * world_size {
+            self.staged.resize(self.staged_stride * world_size, 0);
+        }
+        let partial = round.locals.iter().map(|local| match *local {
+            Local::StartPartial { input } | Local::AddToPartial { input } => input.len,
+            Local::FinishPartial { output } => output.len,
+            Local::Copy { .. } | Local::ReduceStaged { .. } => 0,
+        });
+        let needed = words(partial.max().unwrap_or(0) * operation.dtype.accumulator().size());
+        for buffer in [&mut self.partial, &mut self.received_partial] {
+            if buffer.len() < needed {
+                buffer.resize(needed, 0);
+            }
+        }
+    }
+
+    fn staged(&self, peer: usize, bytes: usize) -> &[u8] {
+        &bytemuck::cast_slice(&self.staged[peer * self.staged_stride..])[..bytes]
+    }
+
+    fn staged_mut(&mut self, peer: usize, bytes: usize) -> &mut [u8] {
+        &mut bytemuck::cast_slice_mut(&mut self.staged[peer * self.staged_stride..])[..bytes]
+    }
+}
+
+/// Size of one element of a place, on the wire and in memory, in bytes.
+fn wire_size(place: Place, operation: &Operation) -> usize {
+    match place {
+        Place::Input | Place::Output | Place::Staged => operation.dtype.size(),
+        Place::Partial => operation.dtype.accumulator().size(),
+    }
+}
+
+fn words(bytes: usize) -> usize {
+    bytes.div_ceil(size_of::<u64>())
+}
+
+impl Late {
+    /// The ranks at the end of the chains of waiting: waited for, and not waiting for anybody.
+    fn culprits(&self, own_rank: usize, waiting_for: &[usize]) -> Vec<usize> {
+        let mut seen = vec![own_rank];
+        let mut open = waiting_for.to_vec();
+        let mut culprits = Vec::new();
+        while let Some(rank) = open.pop() {
+            if seen.contains(&rank) {
+                continue;
+            }
+            seen.push(rank);
+            match self.answers.iter().rev().find(|(from, _)| *from == rank) {
+                Some((_, theirs)) => open.extend(theirs),
+                None => culprits.push(rank),
+            }
+        }
+        culprits.sort_unstable();
+        // Everybody says to wait for somebody who waits: the network is at fault, or a schedule.
+        if culprits.is_empty() { waiting_for.to_vec() } else { culprits }
+    }
+}
+
+/// A set of ranks, for one pass over the transfers.
+#[derive(Default)]
+struct PeerSet {
+    words: Vec<u64>,
+}
+
+impl PeerSet {
+    fn contains(&self, rank: usize) -> bool {
+        self.words.get(rank / 64).is_some_and(|word| word & (1 << (rank % 64)) != 0)
+    }
+
+    fn insert(&mut self, rank: usize) {
+        if self.words.len() <= rank / 64 {
+            self.words.resize(rank / 64 + 1, 0);
+        }
+        self.words[rank / 64] |= 1 << (rank % 64);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_culprit_is_whoever_is_waited_for_and_does_not_wait() {
+        let answers = |list: &[(usize, &[usize])]| Late {
+            asked_at: None,
+            answers: list.iter().map(|(rank, ranks)| (*rank, ranks.to_vec())).collect(),
+        };
+        // 0 waits for 1, 1 waits for 2, 2 says nothing.
+        assert_eq!(answers(&[(1, &[2])]).culprits(0, &[1]), [2]);
+        assert_eq!(answers(&[(1, &[2, 0]), (3, &[1])]).culprits(0, &[1, 3]), [2]);
+        assert_eq!(answers(&[]).culprits(0, &[1, 3]), [1, 3]);
+        assert_eq!(answers(&[(1, &[0])]).culprits(0, &[1]), [1], "a circle names whom we wait for");
+        assert_eq!(answers(&[(1, &[0]), (1, &[3])]).culprits(0, &[1]), [3], "the last answer counts");
+    }
+
+    #[test]
+    fn a_peer_set_holds_what_was_put_in() {
+        let mut set = PeerSet::default();
+        for rank in [0, 63, 64, 1000] {
+            assert!(!set.contains(rank));
+            set.insert(rank);
+            assert!(set.contains(rank));
+        }
+        assert!(!set.contains(1));
+    }
+}

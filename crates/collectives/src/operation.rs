@@ -1,0 +1,203 @@
+//! What a rank calls, as a value: in errors, in logs, and as the header of every frame.
+
+use std::fmt;
+
+use paceline_transport::frame::{PREFIX_BYTES, Prefix};
+
+use crate::dtype::{DType, ReduceOp};
+
+/// Which collective (or message) a call is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Kind {
+    /// Every rank gets the reduction of all inputs.
+    AllReduce(ReduceOp),
+    /// Rank i gets chunk i of the reduction.
+    ReduceScatter(ReduceOp),
+    /// Every rank gets all inputs.
+    AllGather,
+    /// Every rank gets the root's buffer.
+    Broadcast {
+        /// The rank whose buffer it is.
+        root: usize,
+    },
+    /// Nobody leaves before everybody has entered.
+    Barrier,
+    /// A message from one rank to another.
+    Message {
+        /// The sending rank.
+        from: usize,
+        /// The receiving rank.
+        to: usize,
+    },
+}
+
+/// One call, as this rank made it. Equal on all ranks that take part, or the call is a mismatch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Operation {
+    /// Its number among the collectives of the communicator, from 1; for a message, that of the
+    /// collective that comes next.
+    pub number: u64,
+    /// What it is.
+    pub kind: Kind,
+    /// The type of the elements; `u8` for a barrier.
+    pub dtype: DType,
+    /// The number of elements: of the buffer (all_reduce, broadcast, messages) or of one rank's share
+    /// (reduce_scatter, all_gather).
+    pub count: usize,
+    /// The longest piece the schedule cuts, in elements; a property of the configuration.
+    pub(crate) segment_len: u32,
+    /// Which schedule runs it; a property of the configuration and of the length.
+    pub(crate) schedule: u8,
+}
+
+impl Operation {
+    /// The header of frame number `index` (per peer, from 0) of this operation.
+    ///
+    /// ```text
+    /// byte  0       8      16     20   24   28        29     30   31
+    ///       number  count  index  a    b    schedule  dtype  op   kind     (little-endian, segment_len: see below)
+    /// ```
+    /// `a` is the root or the sender; `b` is the receiver of a message, else the segment length.
+    pub(crate) fn to_prefix(self, index: u32) -> Prefix {
+        let (code, op, a, b) = match self.kind {
+            Kind::AllReduce(op) => (1, op as u8, 0, self.segment_len),
+            Kind::ReduceScatter(op) => (2, op as u8, 0, self.segment_len),
+            Kind::AllGather => (3, 0, 0, self.segment_len),
+            Kind::Broadcast { root } => (4, 0, root as u32, self.segment_len),
+            Kind::Barrier => (5, 0, 0, self.segment_len),
+            Kind::Message { from, to } => (6, 0, from as u32, to as u32),
+        };
+        let mut bytes = [0; PREFIX_BYTES];
+        bytes[0..8].copy_from_slice(&self.number.to_le_bytes());
+        bytes[8..16].copy_from_slice(&(self.count as u64).to_le_bytes());
+        bytes[16..20].copy_from_slice(&index.to_le_bytes());
+        bytes[20..24].copy_from_slice(&a.to_le_bytes());
+        bytes[24..28].copy_from_slice(&b.to_le_bytes());
+        bytes[28..32].copy_from_slice(&[self.schedule, self.dtype as u8, op, code]);
+        bytes
+    }
+
+    /// The operation and the frame index of a header, or `None` if no release of this format wrote it.
+    pub(crate) fn from_prefix(bytes: &Prefix) -> Option<(Self, u32)> {
+        let u32_at = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
+        let u64_at = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
+        let (a, b) = (u32_at(20), u32_at(24));
+        let kind = match bytes[31] {
+            1 => Kind::AllReduce(ReduceOp::from_wire(bytes[30])?),
+            2 => Kind::ReduceScatter(ReduceOp::from_wire(bytes[30])?),
+            3 => Kind::AllGather,
+            4 => Kind::Broadcast { root: a as usize },
+            5 => Kind::Barrier,
+            6 => Kind::Message { from: a as usize, to: b as usize },
+            _ => return None,
+        };
+        let segment_len = if matches!(kind, Kind::Message { .. }) { 0 } else { b };
+        let operation = Self {
+            number: u64_at(0),
+            kind,
+            dtype: DType::from_wire(bytes[29])?,
+            count: usize::try_from(u64_at(8)).ok()?,
+            segment_len,
+            schedule: bytes[28],
+        };
+        Some((operation, u32_at(16)))
+    }
+
+    /// The operation's name as MPI and NCCL spell it in lower case.
+    pub fn name(&self) -> &'static str {
+        match self.kind {
+            Kind::AllReduce(_) => "all_reduce",
+            Kind::ReduceScatter(_) => "reduce_scatter",
+            Kind::AllGather => "all_gather",
+            Kind::Broadcast { .. } => "broadcast",
+            Kind::Barrier => "barrier",
+            Kind::Message { .. } => "send/recv",
+        }
+    }
+
+    /// Whether a peer's frame of `theirs`, from which nothing is due in this operation now, proves that
+    /// the peer called something else. Frames of later calls wait for their turn.
+    pub(crate) fn rules_out(&self, theirs: &Self) -> bool {
+        if theirs.number != self.number {
+            return theirs.number < self.number;
+        }
+        // A message precedes the collective of its number; several messages may wait at once.
+        self.is_collective() && theirs != self
+    }
+
+    /// Whether all ranks take part, rather than two.
+    fn is_collective(&self) -> bool {
+        !matches!(self.kind, Kind::Message { .. })
+    }
+}
+
+impl fmt::Display for Operation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { number, dtype, count, .. } = self;
+        let name = self.name();
+        match self.kind {
+            Kind::AllReduce(op) | Kind::ReduceScatter(op) => {
+                write!(f, "{name} #{number} ({op} of {count} {dtype})")
+            }
+            Kind::AllGather => write!(f, "{name} #{number} ({count} {dtype})"),
+            Kind::Broadcast { root } => write!(f, "{name} #{number} ({count} {dtype} from rank {root})"),
+            Kind::Barrier => write!(f, "{name} #{number}"),
+            Kind::Message { from, to } => {
+                write!(f, "send/recv before #{number} ({count} {dtype} from rank {from} to rank {to})")
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_operation_survives_the_wire_and_its_bytes_are_fixed() {
+        let kinds = [
+            Kind::AllReduce(ReduceOp::Sum),
+            Kind::ReduceScatter(ReduceOp::Max),
+            Kind::AllGather,
+            Kind::Broadcast { root: 3 },
+            Kind::Barrier,
+            Kind::Message { from: 1, to: 2 },
+        ];
+        for kind in kinds {
+            for dtype in DType::ALL {
+                let segment_len = if matches!(kind, Kind::Message { .. }) { 0 } else { 65_536 };
+                let operation = Operation { number: 7, kind, dtype, count: 1 << 40, segment_len, schedule: 2 };
+                assert_eq!(Operation::from_prefix(&operation.to_prefix(9)), Some((operation, 9)));
+            }
+        }
+        let golden = Operation {
+            number: 1,
+            kind: Kind::AllReduce(ReduceOp::Sum),
+            dtype: DType::F32,
+            count: 2,
+            segment_len: 3,
+            schedule: 1,
+        };
+        let bytes = [1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 1, 1, 1, 1];
+        assert_eq!(golden.to_prefix(4), bytes);
+    }
+
+    #[test]
+    fn unknown_codes_are_no_operation() {
+        let good = Operation {
+            number: 1,
+            kind: Kind::AllReduce(ReduceOp::Sum),
+            dtype: DType::F32,
+            count: 2,
+            segment_len: 3,
+            schedule: 1,
+        }
+        .to_prefix(0);
+        for at in 29..32 {
+            let mut bad = good;
+            bad[at] = 99;
+            assert_eq!(Operation::from_prefix(&bad), None, "byte {at}");
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! Why a job was not started, in one line each.
+//!
+//! Only what happens before the ranks run is an error of the launcher; what ranks do is told by [`crate::report`].
+
+/// Why the launcher did not start the job. The text follows `paceline: ` and is one line.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The command line or an environment variable is wrong.
+    #[error("{0}")]
+    Usage(String),
+    /// No file of that name, along PATH or at the path given.
+    #[error("{program}: no such program; give a path, or a name that PATH leads to")]
+    ProgramMissing {
+        /// As it was written on the command line.
+        program: String,
+    },
+    /// There is a file, but it cannot be executed.
+    #[error("{program} cannot be executed: {why}")]
+    ProgramNotExecutable {
+        /// As it was written on the command line.
+        program: String,
+        /// The reason, and what to do about it where that is known.
+        why: String,
+    },
+    /// The rendezvous cannot listen at the endpoint.
+    #[error("the rendezvous cannot listen on {endpoint}: {why}")]
+    Endpoint {
+        /// HOST:PORT.
+        endpoint: String,
+        /// The reason and what to do about it.
+        why: String,
+    },
+    /// Supervising this many ranks needs more open files than the process may have.
+    #[error(
+        "{ranks} ranks need {needed} open files and the limit is {limit}; raise it with ulimit -n {needed}"
+    )]
+    FileLimit {
+        /// The number of ranks asked for.
+        ranks: u32,
+        /// Open files that the launcher would need.
+        needed: u64,
+        /// The soft limit of this process.
+        limit: u64,
+    },
+    /// The operating system refused something the launcher needs. Ranks already started have been killed.
+    #[error("{what}: {why}")]
+    System {
+        /// The operation that failed.
+        what: String,
+        /// The operating system's reason.
+        why: String,
+    },
+}
+
+impl Error {
+    /// The launcher's exit code for this error, with the shells' meaning of 126 and 127.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Error::Usage(_) | Error::Endpoint { .. } | Error::FileLimit { .. } => 2,
+            Error::ProgramMissing { .. } => 127,
+            Error::ProgramNotExecutable { .. } => 126,
+            Error::System { .. } => 1,
+        }
+    }
+}

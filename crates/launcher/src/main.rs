@@ -1,0 +1,65 @@
+//! `paceline`: starts the ranks of a job on this machine and looks after them until the last one is gone.
+//!
+//! The parts, in the order a run meets them: [`cli`] says what was asked, [`program`] finds the program,
+//! [`rendezvous`] is where the ranks meet, [`child`] starts one rank, [`supervise`] watches all of them and does
+//! what [`job`] decides, [`console`] prints what they write, [`report`] explains how it ended. [`run`] joins them.
+//!
+//! It refuses to be a daemon or a scheduler: one job, in the foreground, and no rank outlives it.
+//!
+//! # Exit codes
+//! | code | meaning |
+//! |---|---|
+//! | 0 | every rank exited with code 0 and nobody asked the launcher to stop |
+//! | n | the first rank that failed exited with code n |
+//! | 128 + k | the first rank that failed was killed by signal k, or the launcher was asked to stop by signal k |
+//! | 1 | the launcher itself could not go on, for instance because no more processes could be started |
+//! | 2 | wrong flags, or an endpoint that cannot be used |
+//! | 126, 127 | the program cannot be executed; there is no such program |
+//!
+//! After a signal the code is 128 + k even if every rank then exits with 0: a rank that saves its state and exits
+//! cleanly on SIGTERM has not finished its training, and a controller that reads 0 would never start it again.
+
+mod child;
+mod cli;
+mod console;
+mod ending;
+mod error;
+mod job;
+mod lines;
+mod program;
+mod rendezvous;
+mod report;
+mod run;
+mod supervise;
+
+use std::process::ExitCode;
+
+use console::{Console, Stream};
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    let console = Console::start();
+    log_to(&console);
+    let outcome = match cli::parse(std::env::args_os(), std::env::var_os("PACELINE_PORT")) {
+        Ok(cli::Request::Print(text)) => {
+            console.print(Stream::Out, text.into_bytes());
+            Ok((0, String::new()))
+        }
+        Ok(cli::Request::Run(args)) => run::run(&args, &console),
+        Err(error) => Err(error),
+    };
+    let (code, last_words) = outcome.unwrap_or_else(|e| (e.exit_code(), format!("paceline: {e}\n")));
+    console.finish(&last_words);
+    ExitCode::from(code)
+}
+
+/// Sends what the launcher itself logs through the console, so that a log line never lands inside a rank's line.
+fn log_to(console: &Console) {
+    let filter = EnvFilter::try_from_env("PACELINE_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    let log = console.clone();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(console.is_coloured(Stream::Err))
+        .with_writer(move || log.log_writer())
+        .init();
+}

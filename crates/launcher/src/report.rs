@@ -1,0 +1,145 @@
+//! What is told at the end of a job that did not succeed: the cause first, then the evidence, then the others.
+
+use rustix::process::Signal;
+
+use crate::ending::{Ending, signal_in_words};
+use crate::job::{Job, Rank, Verdict};
+use crate::lines::Tail;
+
+/// The report for stderr, or an empty text if the job succeeded. `tails` has each rank's last lines of stderr.
+pub fn report(job: &Job, tails: &[&Tail]) -> String {
+    match job.verdict() {
+        Verdict::Done => String::new(),
+        Verdict::Failed { rank } => failure(job, rank, tails[rank as usize]),
+        Verdict::Stopped { signal } => stop(job, signal),
+    }
+}
+
+fn failure(job: &Job, failed: u32, tail: &Tail) -> String {
+    let rank = &job.ranks()[failed as usize];
+    let (ending, after) = rank.end.expect("a rank that failed has ended");
+    let mut text = format!(
+        "paceline: rank {failed} (pid {}) {ending} after {:.1} s; the job has ended\n",
+        rank.pid,
+        after.as_secs_f64()
+    );
+    // 137 is how a shell that the program runs under passes SIGKILL on.
+    if ending.exit_code() == 137 {
+        text += "  SIGKILL: if nobody sent it, look for the out-of-memory killer (dmesg, or the state of the pod)\n";
+    }
+    let mut lines = tail.text().peekable();
+    if lines.peek().is_some() {
+        text += &format!("  the last lines that rank {failed} wrote to stderr:\n");
+        text.extend(lines.map(|line| format!("    {line}\n")));
+    }
+    let others = fates(job).filter(|(number, ..)| *number != failed);
+    text.extend(others.map(|(number, _, fate)| format!("  rank {number} {fate}\n")));
+    text
+}
+
+/// Only what did not go as asked is worth a line here: whoever presses Ctrl-C knows why the ranks ended.
+fn stop(job: &Job, signal: Signal) -> String {
+    let signal = signal.as_raw();
+    let mut text = format!("paceline: stopped by {}\n", signal_in_words(signal));
+    let as_asked = |rank: &Rank| {
+        rank.end.is_some_and(|(ending, _)| ending.is_success() || ending == Ending::Killed(signal))
+    };
+    let others = fates(job).filter(|(_, rank, _)| !as_asked(rank));
+    text.extend(others.map(|(number, _, fate)| format!("  rank {number} {fate}\n")));
+    text
+}
+
+fn fates(job: &Job) -> impl Iterator<Item = (u32, &Rank, String)> {
+    (0..).zip(job.ranks()).map(|(number, rank)| (number, rank, fate(rank)))
+}
+
+/// How a rank ended and whose doing that was, as the end of a sentence.
+fn fate(rank: &Rank) -> String {
+    let sent = rank.sent.map(|signal| (signal, signal_name(signal)));
+    match (rank.end, sent) {
+        (None, _) => format!("(pid {}) could not be killed and may still run", rank.pid),
+        (Some((ending, _)), None) => ending.to_string(),
+        (Some((Ending::Killed(by), _)), Some((signal, name))) if by == signal.as_raw() => {
+            format!("was ended by paceline ({name})")
+        }
+        (Some((ending, _)), Some((_, name))) => format!("{ending} after {name} from paceline"),
+    }
+}
+
+fn signal_name(signal: Signal) -> &'static str {
+    signal_hook::low_level::signal_name(signal.as_raw()).unwrap_or("a signal")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use rustix::process::Pid;
+
+    use super::*;
+
+    fn job(ranks: i32) -> (Job, Instant) {
+        let start = Instant::now();
+        let pid = |n| Pid::from_raw(100 + n).expect("positive");
+        (Job::new(Duration::from_secs(1), (0..ranks).map(|n| (pid(n), start))), start)
+    }
+
+    #[test]
+    fn a_job_that_succeeded_has_no_report() {
+        let (mut job, start) = job(1);
+        job.ended(start, 0, Ending::Exited(0));
+        assert_eq!(report(&job, &[&Tail::default()]), "");
+    }
+
+    #[test]
+    fn a_failure_is_told_with_its_evidence_and_the_fate_of_the_others() {
+        let (mut job, start) = job(6);
+        let mut tail = Tail::default();
+        tail.push(b"Traceback");
+        tail.push(b"  \xff odd");
+        job.ended(start, 5, Ending::Exited(0));
+        job.ended(start + Duration::from_millis(1234), 2, Ending::Killed(9));
+        job.ended(start + Duration::from_secs(2), 0, Ending::Exited(1));
+        job.tick(start + Duration::from_secs(4));
+        job.ended(start + Duration::from_secs(4), 1, Ending::Killed(15));
+        job.ended(start + Duration::from_secs(4), 3, Ending::Exited(0));
+        job.tick(start + Duration::from_secs(5));
+        job.tick(start + Duration::from_secs(10));
+        let empty = Tail::default();
+        assert_eq!(
+            report(&job, &[&empty, &empty, &tail, &empty, &empty, &empty]),
+            "paceline: rank 2 (pid 102) was killed by signal 9 (SIGKILL) after 1.2 s; the job has ended\n  \
+             SIGKILL: if nobody sent it, look for the out-of-memory killer (dmesg, or the state of the pod)\n  \
+             the last lines that rank 2 wrote to stderr:\n    \
+             Traceback\n      \u{fffd} odd\n  \
+             rank 0 exited with code 1\n  \
+             rank 1 was ended by paceline (SIGTERM)\n  \
+             rank 3 exited with code 0 after SIGTERM from paceline\n  \
+             rank 4 (pid 104) could not be killed and may still run\n  \
+             rank 5 exited with code 0\n"
+        );
+    }
+
+    #[test]
+    fn a_rank_that_wrote_nothing_has_no_heading() {
+        let (mut job, start) = job(1);
+        job.ended(start, 0, Ending::Exited(3));
+        let text = "paceline: rank 0 (pid 100) exited with code 3 after 0.0 s; the job has ended\n";
+        assert_eq!(report(&job, &[&Tail::default()]), text);
+    }
+
+    #[test]
+    fn a_stop_tells_only_what_did_not_go_as_asked() {
+        let (mut job, start) = job(3);
+        job.signalled(start, Signal::TERM);
+        job.ended(start, 0, Ending::Exited(0));
+        job.ended(start, 1, Ending::Killed(15));
+        job.tick(start + Duration::from_secs(1));
+        job.ended(start, 2, Ending::Killed(9));
+        let empty = Tail::default();
+        assert_eq!(
+            report(&job, &[&empty, &empty, &empty]),
+            "paceline: stopped by signal 15 (SIGTERM)\n  rank 2 was ended by paceline (SIGKILL)\n"
+        );
+    }
+}

@@ -1,0 +1,269 @@
+//! Watches the ranks: reads what they write, notices when they end, and does what [`Job`] decides.
+//!
+//! One thread and one `poll` over everything that can happen, with a timeout of at most a second. Nothing in the loop
+//! blocks: pipes are read without waiting, [`Console`] queues, the rendezvous does not wait for its peers. A rank is
+//! done when it has ended and both of its pipes are closed, or [`DRAINING`] after its end: a process that it left
+//! behind may hold the pipes open for ever. Then its process group is killed.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, Signal, WaitOptions};
+use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use signal_hook::iterator::backend::SignalDelivery;
+use signal_hook::iterator::exfiltrator::SignalOnly;
+
+use crate::child::{ProcessGroup, Spawned};
+use crate::console::{Console, RankOutput, Source, Stream};
+use crate::ending::Ending;
+use crate::job::{Action, Job};
+use crate::lines::Tail;
+use crate::rendezvous::Rendezvous;
+
+/// How long what a rank has left behind may still write: enough for `tee` in a start script to pass on its last lines.
+const DRAINING: Duration = Duration::from_millis(500);
+
+/// The longest sleep. Every event wakes the loop; this bounds what a lost wake-up could cost.
+const LONGEST_SLEEP: Duration = Duration::from_secs(1);
+
+/// The sleep while the console is backed up. Its writer has no descriptor to wait for, and 10 ms is little compared to
+/// the time a reader takes for the megabyte that is queued then.
+const BACKED_UP_SLEEP: Duration = Duration::from_millis(10);
+
+/// One read. A pipe holds this much unless its owner has changed that.
+const READ_BYTES: usize = 64 * 1024;
+
+/// What a pipe can hold at most without privileges (/proc/sys/fs/pipe-max-size), so the most that a dead rank can have
+/// left in it.
+const PIPE_BYTES: usize = 1024 * 1024;
+
+/// One rank: its process and its output.
+#[derive(Debug)]
+pub struct Worker {
+    started: Instant,
+    pid: Pid,
+    /// `None` once the rank is done.
+    group: Option<ProcessGroup>,
+    /// When the process was seen to have ended.
+    ended: Option<Instant>,
+    stdout: Output,
+    stderr: Output,
+}
+
+#[derive(Debug)]
+struct Output {
+    /// `None` at its end.
+    pipe: Option<OwnedFd>,
+    sink: RankOutput,
+}
+
+impl Worker {
+    /// A process just started as `rank`, which prints to `console`.
+    pub fn new(rank: u32, process: Spawned, console: &Console) -> Self {
+        let output =
+            |pipe, stream| Output { pipe: Some(pipe), sink: console.rank_output(Source { rank, stream }) };
+        Worker {
+            started: process.started,
+            pid: process.group.pid(),
+            group: Some(process.group),
+            ended: None,
+            stdout: output(process.stdout, Stream::Out),
+            stderr: output(process.stderr, Stream::Err),
+        }
+    }
+
+    /// The process and when it was started.
+    pub fn process(&self) -> (Pid, Instant) {
+        (self.pid, self.started)
+    }
+
+    /// The last lines that the rank wrote to stderr.
+    pub fn tail(&self) -> &Tail {
+        self.stderr.sink.tail()
+    }
+
+    fn outputs(&self) -> [&Output; 2] {
+        [&self.stdout, &self.stderr]
+    }
+
+    fn outputs_mut(&mut self) -> [&mut Output; 2] {
+        [&mut self.stdout, &mut self.stderr]
+    }
+
+    /// When the rank is done whatever its pipes do.
+    fn drained_at(&self) -> Option<Instant> {
+        self.group.as_ref().and(self.ended).map(|at| at + DRAINING)
+    }
+
+    fn is_done(&self, now: Instant) -> bool {
+        let closed = self.outputs().iter().all(|output| output.pipe.is_none());
+        self.drained_at().is_some_and(|at| closed || at <= now)
+    }
+
+    /// Kills what the rank has left behind, and prints what is still in its pipes.
+    fn close(&mut self) {
+        self.group = None;
+        self.outputs_mut().into_iter().for_each(Output::close);
+    }
+}
+
+impl Output {
+    /// Reads once; the end of the pipe is noted.
+    fn read(&mut self, buffer: &mut [u8]) -> usize {
+        let Some(pipe) = &self.pipe else { return 0 };
+        match rustix::io::read(pipe, &mut *buffer) {
+            Ok(count @ 1..) => {
+                self.sink.push(&buffer[..count]);
+                return count;
+            }
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            Ok(0) | Err(_) => {
+                self.pipe = None;
+                self.sink.finish();
+            }
+        }
+        0
+    }
+
+    fn close(&mut self) {
+        let mut buffer = vec![0; READ_BYTES];
+        let mut total = 0;
+        while total < PIPE_BYTES {
+            match self.read(&mut buffer) {
+                0 => break,
+                count => total += count,
+            }
+        }
+        self.pipe = None;
+        self.sink.finish();
+    }
+}
+
+/// The signals that concern the launcher, caught from the moment this is made until the process ends.
+pub struct Signals(SignalDelivery<UnixStream, SignalOnly>);
+
+impl Signals {
+    /// Catches the signals that are passed on, and SIGCHLD.
+    ///
+    /// SIGHUP, SIGINT and SIGQUIT stay ignored if the launcher was started so: that is what `nohup` and a script's
+    /// background jobs ask for.
+    ///
+    /// # Errors
+    /// What `socketpair` or `sigaction` said.
+    pub fn catch() -> io::Result<Self> {
+        let ignored = ignored_signals();
+        let wanted = [SIGHUP, SIGINT, SIGQUIT].into_iter().filter(|signal| ignored >> (signal - 1) & 1 == 0);
+        let (read, write) = UnixStream::pair()?;
+        SignalDelivery::with_pipe(read, write, SignalOnly, wanted.chain([SIGTERM, SIGCHLD])).map(Signals)
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.0.get_read().as_fd()
+    }
+
+    /// The signals that came since the last call and are to be passed on.
+    fn take(&mut self) -> Vec<Signal> {
+        // SIGCHLD only wakes the loop, which looks for ended children each time.
+        self.0.pending().filter(|&signal| signal != SIGCHLD).filter_map(Signal::from_named_raw).collect()
+    }
+}
+
+/// The set of ignored signals, bit k-1 for signal k; empty if it cannot be told.
+fn ignored_signals() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or(0)
+}
+
+/// Runs the job to its end: returns when every rank has ended or has been given up, and is done.
+pub fn supervise(
+    job: &mut Job,
+    workers: &mut [Worker],
+    rendezvous: &dyn Rendezvous,
+    signals: &mut Signals,
+    console: &Console,
+) {
+    let ranks: HashMap<Pid, u32> = workers.iter().map(|worker| worker.pid).zip(0..).collect();
+    let mut buffer = vec![0; READ_BYTES];
+    loop {
+        let mut actions = Vec::new();
+        for (pid, ending) in reap() {
+            let Some(&rank) = ranks.get(&pid) else { continue };
+            let now = Instant::now();
+            workers[rank as usize].ended = Some(now);
+            tracing::info!(rank, pid = pid.as_raw_pid(), %ending, "rank ended");
+            actions.extend(job.ended(now, rank, ending));
+        }
+        let now = Instant::now();
+        for signal in signals.take() {
+            tracing::info!(signal = signal.as_raw(), "signal received");
+            actions.extend(job.signalled(now, signal));
+        }
+        actions.extend(job.tick(now));
+        actions.into_iter().for_each(|action| perform(action, workers, rendezvous));
+
+        workers.iter_mut().filter(|worker| worker.is_done(now)).for_each(Worker::close);
+        if job.is_over() && workers.iter().all(|worker| worker.group.is_none() || worker.ended.is_none()) {
+            // What is left has been given up; its output still counts.
+            workers.iter_mut().for_each(Worker::close);
+            job.settle_cause(|rank| rendezvous.blamed_by(rank));
+            return;
+        }
+        wait_and_read(job, workers, signals, console, &mut buffer);
+    }
+}
+
+/// Every child that has ended since the last call. As PID 1 of a container the launcher also adopts orphans, which are
+/// reaped here and are no rank's.
+///
+/// Deaths by a signal come first: of two ranks that are found dead together, the one that exited by itself is more
+/// likely to have noticed the other one's death than the other way round.
+fn reap() -> Vec<(Pid, Ending)> {
+    let mut found = Vec::new();
+    while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
+        found.extend(Ending::from_wait(status).map(|ending| (pid, ending)));
+    }
+    found.sort_by_key(|(_, ending)| matches!(ending, Ending::Exited(_)));
+    found
+}
+
+fn perform(action: Action, workers: &[Worker], rendezvous: &dyn Rendezvous) {
+    match action {
+        Action::AnnounceExit { rank } => rendezvous.announce_exit(rank),
+        Action::AnnounceDeath { rank, cause } => rendezvous.announce_death(rank, &cause),
+        Action::Send { rank, signal } => {
+            tracing::info!(rank, signal = signal.as_raw(), "signal sent");
+            if let Some(group) = &workers[rank as usize].group {
+                group.signal(signal);
+            }
+        }
+    }
+}
+
+/// Sleeps until something happens or is due, and reads what has come.
+fn wait_and_read(job: &Job, workers: &mut [Worker], signals: &Signals, console: &Console, buffer: &mut [u8]) {
+    let backed_up = console.is_backed_up();
+    let longest = if backed_up { BACKED_UP_SLEEP } else { LONGEST_SLEEP };
+    let due = workers.iter().filter_map(Worker::drained_at).chain(job.deadline()).min();
+    let sleep = due.map_or(longest, |at| at.saturating_duration_since(Instant::now()).min(longest));
+
+    let mut fds = vec![PollFd::from_borrowed_fd(signals.fd(), PollFlags::IN)];
+    if !backed_up {
+        let pipes = workers.iter().flat_map(Worker::outputs).filter_map(|output| output.pipe.as_ref());
+        fds.extend(pipes.map(|pipe| PollFd::new(pipe, PollFlags::IN)));
+    }
+    let sleep = Timespec::try_from(sleep).expect("at most a second");
+    if poll(&mut fds, Some(&sleep)).is_err() {
+        return;
+    }
+    let ready: Vec<bool> = fds[1..].iter().map(|fd| !fd.revents().is_empty()).collect();
+    let open = workers.iter_mut().flat_map(Worker::outputs_mut).filter(|output| output.pipe.is_some());
+    for (output, _) in open.zip(ready).filter(|(_, ready)| *ready) {
+        output.read(buffer);
+    }
+}

@@ -1,0 +1,260 @@
+//! The job's environment variables: the contract between the launcher and the workers.
+//!
+//! Parsing is a pure function of a lookup, so that it is tested without touching the process; nothing
+//! below this module reads the environment. docs/configuration.md lists every variable.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use paceline_collectives::{Algorithm, Config, Order};
+
+use crate::Error;
+
+/// A worker's place in a job, as its launcher says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JobEnv {
+    /// This process's rank in the first epoch.
+    pub rank: usize,
+    /// The number of ranks in the first epoch.
+    pub world_size: usize,
+    /// The number of this process on its host, from 0.
+    pub local_rank: usize,
+    /// The number of ranks on this host.
+    pub local_world_size: usize,
+    /// Where the ranks meet, `host:port`.
+    pub rendezvous: String,
+    /// How long to wait there for the others.
+    pub rendezvous_timeout: Duration,
+    /// The file with this member's certificate and key.
+    pub identity: PathBuf,
+}
+
+/// How long ranks wait for each other at the start unless told otherwise.
+pub const DEFAULT_RENDEZVOUS_TIMEOUT: Duration = Duration::from_secs(600);
+
+const RANK: &str = "PACELINE_RANK";
+const WORLD_SIZE: &str = "PACELINE_WORLD_SIZE";
+const LOCAL_RANK: &str = "PACELINE_LOCAL_RANK";
+const LOCAL_WORLD_SIZE: &str = "PACELINE_LOCAL_WORLD_SIZE";
+const RENDEZVOUS: &str = "PACELINE_RENDEZVOUS";
+const RENDEZVOUS_TIMEOUT: &str = "PACELINE_RENDEZVOUS_TIMEOUT";
+const IDENTITY: &str = "PACELINE_IDENTITY";
+const TIMEOUT: &str = "PACELINE_TIMEOUT";
+const SEGMENT_BYTES: &str = "PACELINE_SEGMENT_BYTES";
+const ALGORITHM: &str = "PACELINE_ALGORITHM";
+const ORDER: &str = "PACELINE_ORDER";
+
+/// The largest world a launcher may announce; a typing error should not allocate links for millions.
+const WORLD_SIZE_LIMIT: usize = 65_536;
+
+/// The variables of this process, for the functions below.
+pub fn process(variable: &str) -> Option<String> {
+    std::env::var_os(variable).map(|value| value.to_string_lossy().into_owned())
+}
+
+impl JobEnv {
+    /// Reads the variables; `None` when there is no launcher, so that the process is a world of one.
+    ///
+    /// # Errors
+    /// [`Error::Environment`] when there is a launcher but a variable is missing or makes no sense, and
+    /// when another launcher (torchrun, a training operator) says that there are several ranks, since a
+    /// world of one each would train several models and look well.
+    pub fn from_vars(lookup: impl Fn(&str) -> Option<String>) -> Result<Option<Self>, Error> {
+        if lookup(RENDEZVOUS).is_none() {
+            return match lookup("WORLD_SIZE").and_then(|size| size.trim().parse::<usize>().ok()) {
+                Some(2..) => Err(Error::Environment {
+                    variable: "WORLD_SIZE",
+                    reason: "there are several ranks but Paceline's launcher did not start this one; \
+                             put `paceline run` in front of the program"
+                        .to_owned(),
+                }),
+                _ => Ok(None),
+            };
+        }
+        let world_size = number(&lookup, WORLD_SIZE, 1, WORLD_SIZE_LIMIT)?;
+        let local_world_size = number(&lookup, LOCAL_WORLD_SIZE, 1, world_size)?;
+        Ok(Some(Self {
+            rank: number(&lookup, RANK, 0, world_size - 1)?,
+            world_size,
+            local_rank: number(&lookup, LOCAL_RANK, 0, local_world_size - 1)?,
+            local_world_size,
+            rendezvous: required(&lookup, RENDEZVOUS)?,
+            rendezvous_timeout: seconds(&lookup, RENDEZVOUS_TIMEOUT)?.unwrap_or(DEFAULT_RENDEZVOUS_TIMEOUT),
+            identity: required(&lookup, IDENTITY)?.into(),
+        }))
+    }
+
+    /// The variables that [`from_vars`](Self::from_vars) reads back, and torchrun's names for the four numbers.
+    pub fn to_vars(&self) -> Vec<(&'static str, String)> {
+        let identity = self.identity.to_string_lossy().into_owned();
+        let timeout = self.rendezvous_timeout.as_secs_f64().to_string();
+        let mut vars = vec![
+            (RENDEZVOUS, self.rendezvous.clone()),
+            (RENDEZVOUS_TIMEOUT, timeout),
+            (IDENTITY, identity),
+        ];
+        for (ours, torchrun, value) in [
+            (RANK, "RANK", self.rank),
+            (WORLD_SIZE, "WORLD_SIZE", self.world_size),
+            (LOCAL_RANK, "LOCAL_RANK", self.local_rank),
+            (LOCAL_WORLD_SIZE, "LOCAL_WORLD_SIZE", self.local_world_size),
+        ] {
+            vars.extend([(ours, value.to_string()), (torchrun, value.to_string())]);
+        }
+        vars
+    }
+}
+
+/// The collectives' configuration: defaults, changed by `PACELINE_TIMEOUT`, `PACELINE_SEGMENT_BYTES`,
+/// `PACELINE_ALGORITHM` and `PACELINE_ORDER`.
+///
+/// # Errors
+/// [`Error::Environment`] for a value that makes no sense.
+pub fn collectives_config(lookup: impl Fn(&str) -> Option<String>) -> Result<Config, Error> {
+    let mut config = Config::default();
+    if let Some(timeout) = seconds(&lookup, TIMEOUT)? {
+        config.timeout = timeout;
+    }
+    if lookup(SEGMENT_BYTES).is_some() {
+        config.segment_bytes = number(&lookup, SEGMENT_BYTES, 64, 32 * 1024 * 1024)?;
+    }
+    let algorithms = [("auto", Algorithm::Auto), ("direct", Algorithm::Direct), ("ring", Algorithm::Ring)];
+    if let Some(algorithm) = choice(&lookup, ALGORITHM, &algorithms)? {
+        config.algorithm = algorithm;
+    }
+    if let Some(order) = choice(&lookup, ORDER, &[("fixed", Order::Fixed), ("any", Order::Any)])? {
+        config.order = order;
+    }
+    Ok(config)
+}
+
+/// The variable that carries the launcher's `--timeout` to the ranks.
+pub fn timeout_var(timeout: Duration) -> (&'static str, String) {
+    (TIMEOUT, timeout.as_secs_f64().to_string())
+}
+
+fn required(lookup: &impl Fn(&str) -> Option<String>, variable: &'static str) -> Result<String, Error> {
+    lookup(variable).filter(|value| !value.is_empty()).ok_or_else(|| Error::Environment {
+        variable,
+        reason: "not set, though PACELINE_RENDEZVOUS is; `paceline run` sets both".to_owned(),
+    })
+}
+
+fn number(
+    lookup: &impl Fn(&str) -> Option<String>,
+    variable: &'static str,
+    least: usize,
+    most: usize,
+) -> Result<usize, Error> {
+    let value = required(lookup, variable)?;
+    value.trim().parse().ok().filter(|number| (least..=most).contains(number)).ok_or_else(|| {
+        Error::Environment { variable, reason: format!("`{value}` is not a number from {least} to {most}") }
+    })
+}
+
+fn seconds(
+    lookup: &impl Fn(&str) -> Option<String>,
+    variable: &'static str,
+) -> Result<Option<Duration>, Error> {
+    let Some(value) = lookup(variable) else { return Ok(None) };
+    let seconds = value.trim().parse().ok().filter(|&seconds: &f64| seconds > 0.0);
+    let duration = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    // A thousand years: beyond that, adding it to a clock overflows.
+    let duration = duration.filter(|duration| duration.as_secs() < 31_557_600_000);
+    duration.map(Some).ok_or_else(|| Error::Environment {
+        variable,
+        reason: format!("`{value}` is not a positive number of seconds"),
+    })
+}
+
+fn choice<T: Copy>(
+    lookup: &impl Fn(&str) -> Option<String>,
+    variable: &'static str,
+    choices: &[(&str, T)],
+) -> Result<Option<T>, Error> {
+    let Some(value) = lookup(variable) else { return Ok(None) };
+    let found = choices.iter().find(|(name, _)| *name == value.trim());
+    found.map(|&(_, choice)| Some(choice)).ok_or_else(|| {
+        let names: Vec<&str> = choices.iter().map(|(name, _)| *name).collect();
+        Error::Environment { variable, reason: format!("`{value}` is none of {}", names.join(", ")) }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn env() -> JobEnv {
+        JobEnv {
+            rank: 3,
+            world_size: 8,
+            local_rank: 1,
+            local_world_size: 2,
+            rendezvous: "127.0.0.1:29400".to_owned(),
+            rendezvous_timeout: Duration::from_millis(1500),
+            identity: "/run/job/worker-3.pem".into(),
+        }
+    }
+
+    fn lookup(vars: Vec<(&'static str, String)>) -> impl Fn(&str) -> Option<String> {
+        move |variable| vars.iter().find(|(name, _)| *name == variable).map(|(_, value)| value.clone())
+    }
+
+    /// The variables of `env()`, with one of them changed or, for `None`, missing.
+    fn vars_but(variable: &'static str, value: Option<&str>) -> Vec<(&'static str, String)> {
+        let mut vars = env().to_vars();
+        vars.retain(|(name, _)| *name != variable);
+        vars.extend(value.map(|value| (variable, value.to_owned())));
+        vars
+    }
+
+    #[test]
+    fn a_worker_reads_what_its_launcher_wrote() {
+        assert_eq!(JobEnv::from_vars(lookup(env().to_vars())), Ok(Some(env())));
+    }
+
+    #[test]
+    fn without_a_launcher_the_process_is_alone() {
+        assert_eq!(JobEnv::from_vars(|_| None), Ok(None));
+        assert_eq!(JobEnv::from_vars(lookup(vec![("WORLD_SIZE", "1".to_owned())])), Ok(None));
+    }
+
+    #[test]
+    fn several_ranks_of_another_launcher_are_not_silently_alone() {
+        let error = JobEnv::from_vars(lookup(vec![("WORLD_SIZE", "4".to_owned())])).expect_err("4 ranks");
+        assert!(error.to_string().contains("paceline run"), "{error}");
+    }
+
+    #[test]
+    fn each_bad_value_is_named_with_what_would_be_right() {
+        for (variable, value, expect) in [
+            (RANK, Some("8"), "from 0 to 7"),
+            (RANK, Some("-1"), "from 0 to 7"),
+            (RANK, None, "not set"),
+            (WORLD_SIZE, Some("0"), "from 1 to"),
+            (WORLD_SIZE, Some("99999999"), "from 1 to 65536"),
+            (LOCAL_RANK, Some("2"), "from 0 to 1"),
+            (LOCAL_WORLD_SIZE, Some("9"), "from 1 to 8"),
+            (IDENTITY, Some(""), "not set"),
+            (RENDEZVOUS_TIMEOUT, Some("soon"), "positive number of seconds"),
+            (RENDEZVOUS_TIMEOUT, Some("1e300"), "positive number of seconds"),
+        ] {
+            let error = JobEnv::from_vars(lookup(vars_but(variable, value))).expect_err("a bad value").to_string();
+            assert!(error.contains(variable) && error.contains(expect), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_collectives_take_their_settings_and_refuse_nonsense() {
+        let set = |variable, value: &str| collectives_config(lookup(vec![(variable, value.to_owned())]));
+        assert_eq!(collectives_config(|_| None), Ok(Config::default()));
+        assert_eq!(set(TIMEOUT, "2.5").map(|config| config.timeout), Ok(Duration::from_millis(2500)));
+        assert_eq!(set(ALGORITHM, "ring").map(|config| config.algorithm), Ok(Algorithm::Ring));
+        assert_eq!(set(ORDER, "any").map(|config| config.order), Ok(Order::Any));
+        assert_eq!(set(SEGMENT_BYTES, "1024").map(|config| config.segment_bytes), Ok(1024));
+        for (variable, value) in [(TIMEOUT, "0"), (TIMEOUT, "nan"), (ALGORITHM, "tree"), (ORDER, ""), (SEGMENT_BYTES, "1")] {
+            let error = set(variable, value).expect_err("nonsense").to_string();
+            assert!(error.contains(variable), "{error}");
+        }
+    }
+}

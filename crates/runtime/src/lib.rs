@@ -1,0 +1,41 @@
+//! What a training program links.
+//!
+//! [`World::join`] takes this process's place in the job that the launcher started, or makes a world of
+//! one when there is no launcher. [`DataParallel`](data_parallel::DataParallel) averages gradients,
+//! [`Sampler`](sampler::Sampler) hands out samples.
+//!
+//! ```
+//! use paceline_runtime::collectives::ReduceOp;
+//!
+//! let mut world = paceline_runtime::World::join()?;
+//! let mut sum = [world.rank() as f32];
+//! world.communicator().all_reduce(&mut sum, ReduceOp::Sum)?;
+//! world.leave()?;
+//! # Ok::<(), paceline_runtime::Error>(())
+//! ```
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`env`](mod@env) | the job's environment variables, read here and nowhere below |
+//! | [`rendezvous`] | where the members of a job meet: server (launcher) and client (worker) |
+//! | [`world`] | this process's place in the job |
+//! | [`data_parallel`] | gradient buckets, averaging, broadcast of the initial parameters |
+//! | [`sampler`] | which samples a rank takes, as a pure function |
+//! | [`digest`] | short digests of parameters, to compare ranks |
+//!
+//! The library installs no global subscriber, signal handler or async runtime.
+
+pub mod data_parallel;
+pub mod digest;
+pub mod env;
+pub mod error;
+pub mod rendezvous;
+pub mod sampler;
+#[cfg(feature = "tch")]
+pub mod tch;
+pub mod world;
+
+pub use error::Error;
+/// The collectives, so that a program needs one dependency.
+pub use paceline_collectives as collectives;
+pub use world::World;

@@ -1,0 +1,230 @@
+//! This process's place in the job.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use paceline_collectives::{Communicator, Config, Error as CollectivesError, Interrupter};
+use paceline_transport::identity::Identity;
+use paceline_transport::mem;
+use paceline_transport::quic::{Endpoint, IoThread, QuicTransport};
+use tokio::sync::oneshot;
+
+use crate::Error;
+use crate::env::{self, JobEnv};
+use crate::rendezvous::{Client, News};
+
+/// How long after a rank's exit with code 0 its goodbye may still be on its way. It was acknowledged
+/// before the rank exited; what is left is our own I/O thread's work.
+const GOODBYE_GRACE: Duration = Duration::from_millis(500);
+
+/// This process's place in the job, and the communicator of all its ranks.
+#[derive(Debug)]
+pub struct World {
+    rank: usize,
+    world_size: usize,
+    local_rank: usize,
+    local_world_size: usize,
+    communicator: Communicator,
+    /// `None` in a world of one without a launcher. Dropped last: it carries the communicator's links.
+    job: Option<Job>,
+}
+
+/// The connection to the launcher.
+#[derive(Debug)]
+struct Job {
+    watcher: tokio::task::JoinHandle<()>,
+    _endpoint: Endpoint,
+    _io: IoThread,
+}
+
+impl World {
+    /// Takes this process's place in the job that its launcher describes in the environment, with the
+    /// collectives configured there; without a launcher, makes a world of one.
+    ///
+    /// Blocks until all ranks have come and are connected, for the rendezvous timeout at most.
+    ///
+    /// # Errors
+    /// [`Error::Environment`] for variables that make no sense, [`Error::Rendezvous`] when somebody did
+    /// not come or this process was refused, [`Error::Transport`] when links could not be made.
+    pub fn join() -> Result<Self, Error> {
+        Self::join_with(env::collectives_config(env::process)?)
+    }
+
+    /// [`join`](Self::join) with the collectives configured by the program, whatever the environment says.
+    ///
+    /// # Errors
+    /// As [`join`](Self::join).
+    pub fn join_with(config: Config) -> Result<Self, Error> {
+        match JobEnv::from_vars(env::process)? {
+            Some(env) => Self::join_job(&env, config),
+            None => Self::alone(config),
+        }
+    }
+
+    fn alone(config: Config) -> Result<Self, Error> {
+        let transport = mem::group(1, 1, mem::DEFAULT_WINDOW_BYTES).remove(0);
+        let communicator = Communicator::new(Box::new(transport), config)?;
+        Ok(Self { rank: 0, world_size: 1, local_rank: 0, local_world_size: 1, communicator, job: None })
+    }
+
+    /// Takes the place that `env` describes; [`join`](Self::join) reads it from the environment.
+    ///
+    /// # Errors
+    /// As [`join`](Self::join).
+    pub fn join_job(env: &JobEnv, config: Config) -> Result<Self, Error> {
+        let deadline = Instant::now() + env.rendezvous_timeout;
+        let io = IoThread::start()?;
+        let identity = read_identity(&env.identity)?;
+        let endpoint = Endpoint::bind(&io.handle(), local_addr(&env.rendezvous), &identity)?;
+        let joining =
+            Client::join(endpoint.clone(), env.rendezvous.clone(), env.rank, env.world_size, deadline);
+        let (client, roster) = io.handle().block_on(joining)??;
+        let transport = QuicTransport::connect(&endpoint, roster, deadline)?;
+        let mut communicator = Communicator::new(Box::new(transport), config)?;
+        tracing::info!(rank = env.rank, world_size = env.world_size, "all ranks are connected");
+        let (culprit, culprits) = oneshot::channel();
+        communicator.on_failure(move |error| {
+            // Nobody listens any more: the launcher has gone, or this rank is leaving.
+            let _ = culprit.send(culprit_of(error));
+        });
+        let watcher = io.handle().spawn(watch(client, communicator.interrupter(), culprits));
+        Ok(Self {
+            rank: env.rank,
+            world_size: env.world_size,
+            local_rank: env.local_rank,
+            local_world_size: env.local_world_size,
+            communicator,
+            job: Some(Job { watcher, _endpoint: endpoint, _io: io }),
+        })
+    }
+
+    /// This process's rank.
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// The number of ranks.
+    pub fn world_size(&self) -> usize {
+        self.world_size
+    }
+
+    /// The number of this process among those on its host, for choosing a device.
+    pub fn local_rank(&self) -> usize {
+        self.local_rank
+    }
+
+    /// The number of ranks on this host.
+    pub fn local_world_size(&self) -> usize {
+        self.local_world_size
+    }
+
+    /// The communicator of all ranks.
+    pub fn communicator(&mut self) -> &mut Communicator {
+        &mut self.communicator
+    }
+
+    /// Leaves the job in order. To be called at the end of every successful run: a process that ends
+    /// without it is a loss to the others if they still need it. Blocks until the other ranks have all
+    /// this one sent, for the collectives' timeout at most.
+    ///
+    /// # Errors
+    /// [`Error::Collectives`] naming the ranks that did not confirm in time.
+    pub fn leave(self) -> Result<(), Error> {
+        self.communicator.leave()?;
+        if let Some(job) = &self.job {
+            job.watcher.abort();
+        }
+        Ok(())
+    }
+}
+
+/// Passes the launcher's news on to the communicator, and tells the launcher whom this rank's failure is
+/// due to, so that it can name the cause even when this process ends first.
+async fn watch(mut client: Client, interrupter: Interrupter, mut culprit: oneshot::Receiver<Option<usize>>) {
+    let mut failed = false;
+    loop {
+        let news = tokio::select! {
+            news = client.news() => news,
+            culprit = &mut culprit, if !failed => {
+                failed = true;
+                if let Ok(Some(rank)) = culprit {
+                    client.blame(rank).await;
+                }
+                continue;
+            }
+        };
+        match news {
+            Some(News::Died { rank, cause }) => interrupter.peer_lost(rank, &cause),
+            Some(News::Exited { rank }) => {
+                let interrupter = interrupter.clone();
+                tokio::spawn(async move {
+                    tokio::time::sleep(GOODBYE_GRACE).await;
+                    interrupter.peer_lost(rank, "exited with code 0 without leaving");
+                });
+            }
+            None => return tracing::debug!("the launcher has gone"),
+        }
+    }
+}
+
+/// The rank that an error is due to, when it is one other rank.
+fn culprit_of(error: &CollectivesError) -> Option<usize> {
+    match error {
+        CollectivesError::PeerLost { rank, .. } | CollectivesError::PeerLeft { rank, .. } => Some(*rank),
+        CollectivesError::TimedOut { waiting_for, .. } => waiting_for.first().copied(),
+        _ => None,
+    }
+}
+
+fn read_identity(path: &Path) -> Result<Identity, Error> {
+    let unusable = |reason: String| Error::Environment {
+        variable: "PACELINE_IDENTITY",
+        reason: format!("{}: {reason}", path.display()),
+    };
+    let bundle = std::fs::read_to_string(path).map_err(|error| unusable(error.to_string()))?;
+    Identity::from_pem(&bundle).map_err(|error| unusable(error.to_string()))
+}
+
+/// The address to listen on: loopback when the rendezvous is there, so that a job on one machine is not
+/// reachable from outside; otherwise all interfaces of the rendezvous's address family.
+fn local_addr(rendezvous: &str) -> SocketAddr {
+    let host = rendezvous.rsplit_once(':').map_or(rendezvous, |(host, _)| host);
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let ip = match host.parse::<IpAddr>() {
+        Ok(ip) if ip.is_loopback() => ip,
+        Ok(IpAddr::V6(_)) => Ipv6Addr::UNSPECIFIED.into(),
+        Err(_) if host == "localhost" => Ipv4Addr::LOCALHOST.into(),
+        Ok(IpAddr::V4(_)) | Err(_) => Ipv4Addr::UNSPECIFIED.into(),
+    };
+    SocketAddr::new(ip, 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use paceline_collectives::ReduceOp;
+
+    #[test]
+    fn without_a_launcher_there_is_a_world_of_one() {
+        let mut world = World::alone(Config::default()).expect("the defaults are right");
+        let mut buffer = [3.0f32];
+        world.communicator().all_reduce(&mut buffer, ReduceOp::Avg).expect("nobody else is needed");
+        assert_eq!((world.rank(), world.world_size(), buffer), (0, 1, [3.0]));
+        world.leave().expect("nobody else is needed");
+    }
+
+    #[test]
+    fn a_local_rendezvous_means_local_sockets() {
+        for (rendezvous, expected) in [
+            ("127.0.0.1:29400", "127.0.0.1:0"),
+            ("localhost:29400", "127.0.0.1:0"),
+            ("[::1]:29400", "[::1]:0"),
+            ("10.1.2.3:29400", "0.0.0.0:0"),
+            ("[fd00::1]:29400", "[::]:0"),
+            ("job-launcher-0.job:29400", "0.0.0.0:0"),
+        ] {
+            assert_eq!(local_addr(rendezvous).to_string(), expected);
+        }
+    }
+}

@@ -1,0 +1,443 @@
+//! The list.
+
+use std::time::{Duration, Instant};
+
+use paceline_collectives::dtype::{bf16, f16};
+use paceline_collectives::{Algorithm, Communicator, Config, Error, Kind, Order, ReduceOp};
+
+use crate::reference::{Number, Numbers, tree_sum};
+
+/// What one rank does and asserts.
+#[derive(Clone, Copy)]
+pub struct Behaviour {
+    /// A sentence, as an identifier.
+    pub name: &'static str,
+    /// Whether it moves megabytes, which takes long over a window of a few bytes.
+    pub heavy: bool,
+    /// World sizes it makes sense for.
+    pub world_sizes: &'static [usize],
+    /// How its communicators are configured.
+    pub config: fn() -> Config,
+    /// One rank's part. Panics when something is not as it should be.
+    pub run: fn(Communicator),
+}
+
+macro_rules! behaviours {
+    ($($name:ident: $worlds:expr, $config:expr, heavy: $heavy:expr;)*) => {
+        /// Every behaviour.
+        pub const ALL: &[Behaviour] = &[$(
+            Behaviour {
+                name: stringify!($name),
+                heavy: $heavy,
+                world_sizes: $worlds,
+                config: $config,
+                run: $name,
+            },
+        )*];
+    };
+}
+
+behaviours! {
+    every_collective_is_right_for_every_dtype_and_op: &[1, 2, 3, 4, 5], small_segments, heavy: false;
+    rings_are_right_too: &[1, 2, 3, 4, 5], rings, heavy: false;
+    sums_have_the_fixed_order_to_the_bit: &[1, 2, 3, 4, 5], small_segments, heavy: false;
+    sums_have_the_same_bits_whatever_the_segments: &[2, 4], Config::default, heavy: true;
+    long_messages_pass_in_both_directions_at_once: &[2, 4], Config::default, heavy: true;
+    messages_arrive_in_order_and_keep_their_place: &[2, 4], small_segments, heavy: false;
+    started_operations_run_in_order_and_give_their_buffers_back: &[2, 4], small_segments, heavy: false;
+    a_wrong_call_has_no_effect: &[2, 4], Config::default, heavy: false;
+    another_collective_is_a_mismatch_on_every_rank: &[2, 4], patient, heavy: false;
+    other_arguments_are_a_mismatch_on_every_rank: &[3], patient, heavy: false;
+    a_call_too_many_is_a_mismatch_at_the_next_call: &[4], patient, heavy: false;
+    a_rank_that_never_calls_is_named: &[2, 4], impatient, heavy: false;
+    an_orderly_leave_is_not_a_loss: &[2, 4], patient, heavy: false;
+    what_was_sent_before_leaving_arrives: &[2, 4], patient, heavy: false;
+    a_rank_that_drops_its_communicator_is_lost: &[2, 4], patient, heavy: false;
+    an_interrupted_operation_ends_on_every_rank: &[2, 4], patient, heavy: false;
+    a_rank_that_is_said_to_be_dead_is_lost: &[2, 4], patient, heavy: false;
+}
+
+fn small_segments() -> Config {
+    let mut config = Config::default();
+    config.segment_bytes = 64;
+    config.timeout = Duration::from_secs(60);
+    config
+}
+
+fn rings() -> Config {
+    let mut config = small_segments();
+    config.algorithm = Algorithm::Ring;
+    config.order = Order::Any;
+    config
+}
+
+/// Errors must come by themselves long before this.
+fn patient() -> Config {
+    let mut config = Config::default();
+    config.timeout = Duration::from_secs(60);
+    config
+}
+
+fn impatient() -> Config {
+    let mut config = Config::default();
+    config.timeout = Duration::from_millis(500);
+    config
+}
+
+/// The bound for errors that come by themselves: "within 1 s" by contract. The timeout is far beyond.
+const AT_ONCE: Duration = Duration::from_secs(1);
+
+fn lengths(world_size: usize) -> [usize; 6] {
+    [0, 1, world_size.saturating_sub(1), world_size, world_size + 1, 1000]
+}
+
+/// The element `index` that `rank` contributes: 1 to 3, so that products of five ranks fit into i8.
+fn value(rank: usize, index: usize) -> u32 {
+    ((rank * 7 + index * 5) % 3 + 1) as u32
+}
+
+fn input<T: Number>(rank: usize, start: usize, len: usize) -> Vec<T> {
+    (start..start + len).map(|index| T::of(value(rank, index))).collect()
+}
+
+fn reduced<T: Number>(world_size: usize, start: usize, len: usize, op: ReduceOp) -> Vec<T> {
+    (start..start + len)
+        .map(|index| T::reduce(&(0..world_size).map(|rank| value(rank, index)).collect::<Vec<_>>(), op))
+        .collect()
+}
+
+fn every_collective_is_right_for_every_dtype_and_op(mut communicator: Communicator) {
+    check_dtype::<f32>(&mut communicator);
+    check_dtype::<f64>(&mut communicator);
+    check_dtype::<f16>(&mut communicator);
+    check_dtype::<bf16>(&mut communicator);
+    check_dtype::<i8>(&mut communicator);
+    check_dtype::<u8>(&mut communicator);
+    check_dtype::<i32>(&mut communicator);
+    check_dtype::<i64>(&mut communicator);
+    check_dtype::<u64>(&mut communicator);
+    communicator.barrier().expect("all ranks call it");
+    communicator.leave().expect("all ranks leave");
+}
+
+fn rings_are_right_too(communicator: Communicator) {
+    every_collective_is_right_for_every_dtype_and_op(communicator);
+}
+
+fn check_dtype<T: Number>(communicator: &mut Communicator) {
+    let (rank, world_size) = (communicator.rank(), communicator.world_size());
+    for len in lengths(world_size) {
+        for op in ReduceOp::ALL {
+            let mine = input::<T>(rank, 0, len);
+            let expected = reduced::<T>(world_size, 0, len, op);
+            let mut in_place = mine.clone();
+            communicator.all_reduce(&mut in_place, op).expect("all ranks call it");
+            assert_eq!(in_place, expected, "all_reduce {op} {} len {len}", T::DTYPE);
+            let mut output = vec![T::default(); len];
+            communicator.all_reduce_into(&mine, &mut output, op).expect("all ranks call it");
+            assert_eq!(output, expected, "all_reduce_into {op} {} len {len}", T::DTYPE);
+            let whole = input::<T>(rank, 0, len * world_size);
+            communicator.reduce_scatter(&whole, &mut output, op).expect("all ranks call it");
+            let expected = reduced::<T>(world_size, rank * len, len, op);
+            assert_eq!(output, expected, "reduce_scatter {op} {} len {len}", T::DTYPE);
+        }
+        let mut gathered = vec![T::default(); len * world_size];
+        communicator.all_gather(&input::<T>(rank, 0, len), &mut gathered).expect("all ranks call it");
+        let expected: Vec<T> = (0..world_size).flat_map(|rank| input::<T>(rank, 0, len)).collect();
+        assert_eq!(gathered, expected, "all_gather {} len {len}", T::DTYPE);
+        for root in 0..world_size {
+            let mut buffer = input::<T>(rank, 0, len);
+            communicator.broadcast(&mut buffer, root).expect("all ranks call it");
+            assert_eq!(buffer, input::<T>(root, 0, len), "broadcast from {root} {} len {len}", T::DTYPE);
+        }
+    }
+}
+
+/// Numbers of very different size, so that another order of summation gives other bits.
+fn rough(rank: usize, len: usize) -> Vec<f32> {
+    let mut numbers = Numbers(rank as u64 + 1);
+    (0..len).map(|_| f32::from_bits((numbers.next() as u32 & 0x83ff_ffff) | 0x3800_0000)).collect()
+}
+
+fn sums_have_the_fixed_order_to_the_bit(mut communicator: Communicator) {
+    let (rank, world_size) = (communicator.rank(), communicator.world_size());
+    for len in lengths(world_size) {
+        let mut buffer = rough(rank, len);
+        communicator.all_reduce(&mut buffer, ReduceOp::Sum).expect("all ranks call it");
+        let inputs: Vec<Vec<f32>> = (0..world_size).map(|rank| rough(rank, len)).collect();
+        for (index, sum) in buffer.iter().enumerate() {
+            let contributions: Vec<f32> = inputs.iter().map(|input| input[index]).collect();
+            assert_eq!(sum.to_bits(), tree_sum(&contributions).to_bits(), "element {index} of {len}");
+        }
+    }
+    communicator.leave().expect("all ranks leave");
+}
+
+fn sums_have_the_same_bits_whatever_the_segments(mut communicator: Communicator) {
+    // Longer and shorter calls cut other segments; the prefix they share must not change.
+    let (rank, len) = (communicator.rank(), 300_000);
+    let mut whole = rough(rank, len);
+    communicator.all_reduce(&mut whole, ReduceOp::Sum).expect("all ranks call it");
+    for shorter in [1, 1000, 70_000, len - 1] {
+        let mut buffer = rough(rank, len)[..shorter].to_vec();
+        communicator.all_reduce(&mut buffer, ReduceOp::Sum).expect("all ranks call it");
+        let same = buffer.iter().zip(&whole).all(|(a, b)| a.to_bits() == b.to_bits());
+        assert!(same, "the first {shorter} sums differ");
+    }
+    communicator.leave().expect("all ranks leave");
+}
+
+fn long_messages_pass_in_both_directions_at_once(mut communicator: Communicator) {
+    let (rank, world_size) = (communicator.rank(), communicator.world_size());
+    let len = 1_000_003;
+    let mut buffer: Vec<u64> = (0..len).map(|i| (i * (rank + 1)) as u64).collect();
+    communicator.all_reduce(&mut buffer, ReduceOp::Sum).expect("all ranks call it");
+    let factor: usize = (1..=world_size).sum();
+    assert!(buffer.iter().enumerate().all(|(i, &sum)| sum == (i * factor) as u64));
+    let mut copy = if rank == 1 { buffer.clone() } else { vec![0; len] };
+    communicator.broadcast(&mut copy, 1).expect("all ranks call it");
+    assert!(copy == buffer);
+    communicator.leave().expect("all ranks leave");
+}
+
+fn messages_arrive_in_order_and_keep_their_place(mut communicator: Communicator) {
+    let (rank, world_size) = (communicator.rank(), communicator.world_size());
+    let (right, left) = ((rank + 1) % world_size, (rank + world_size - 1) % world_size);
+    for len in [0, 1, 100, 5000] {
+        let mine: Vec<u64> = (0..len).map(|i| (rank * 1_000_000 + i) as u64).collect();
+        let mut theirs = vec![0u64; len];
+        // Even ranks send first, odd ones receive first: long messages may not all be sent first.
+        if rank % 2 == 0 {
+            communicator.send(&mine, right).expect("the right neighbour receives");
+            communicator.recv(&mut theirs, left).expect("the left neighbour sends");
+        } else {
+            communicator.recv(&mut theirs, left).expect("the left neighbour sends");
+            communicator.send(&mine, right).expect("the right neighbour receives");
+        }
+        assert!(theirs.iter().enumerate().all(|(i, &x)| x == (left * 1_000_000 + i) as u64));
+        communicator.barrier().expect("all ranks call it");
+    }
+    // Several messages wait while the receiver is busy with another peer's.
+    if rank == 0 {
+        for from in (1..world_size).rev() {
+            for expected in 0..3u8 {
+                let mut message = [9u8];
+                communicator.recv(&mut message, from).expect("each rank sends three");
+                assert_eq!(message, [expected]);
+            }
+        }
+    } else {
+        for message in 0..3u8 {
+            communicator.send(&[message], 0).expect("rank 0 receives");
+        }
+    }
+    communicator.leave().expect("all ranks leave");
+}
+
+fn started_operations_run_in_order_and_give_their_buffers_back(mut communicator: Communicator) {
+    let (rank, world_size) = (communicator.rank(), communicator.world_size());
+    let start = |communicator: &mut Communicator, len: usize| {
+        communicator.all_reduce_start(input::<f64>(rank, 0, len), ReduceOp::Sum).expect("the call is right")
+    };
+    let works: Vec<_> = (0..20).map(|i| (i * 37, start(&mut communicator, i * 37))).collect();
+    // A handle that nobody waits for: the operation goes on, or the others would wait for ever.
+    drop(start(&mut communicator, 501));
+    communicator.barrier().expect("a blocking call waits for its turn");
+    for (len, work) in works {
+        assert!(work.is_done(), "the barrier came later");
+        assert_eq!(work.wait().expect("all ranks started it"), reduced::<f64>(world_size, 0, len, ReduceOp::Sum));
+    }
+    let awaited = block_on(start(&mut communicator, 77));
+    assert_eq!(awaited.expect("all ranks started it"), reduced::<f64>(world_size, 0, 77, ReduceOp::Sum));
+    communicator.leave().expect("all ranks leave");
+}
+
+/// A minimal executor, so that the list depends on none.
+fn block_on<F: Future + Unpin>(mut future: F) -> F::Output {
+    struct Unpark(std::thread::Thread);
+    impl std::task::Wake for Unpark {
+        fn wake(self: std::sync::Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    let waker = std::sync::Arc::new(Unpark(std::thread::current())).into();
+    loop {
+        match std::pin::Pin::new(&mut future).poll(&mut std::task::Context::from_waker(&waker)) {
+            std::task::Poll::Ready(output) => return output,
+            std::task::Poll::Pending => std::thread::park_timeout(Duration::from_secs(60)),
+        }
+    }
+}
+
+fn a_wrong_call_has_no_effect(mut communicator: Communicator) {
+    let world_size = communicator.world_size();
+    let me = communicator.rank();
+    let wrong: [Result<(), Error>; 6] = [
+        communicator.broadcast(&mut [0u8], world_size),
+        communicator.send(&[0u8], me),
+        communicator.recv(&mut [0u8], world_size + 1),
+        communicator.all_gather(&[0u8; 3], &mut [0u8; 1]),
+        communicator.reduce_scatter(&[0u8; 1], &mut [0u8; 3], ReduceOp::Sum),
+        communicator.all_reduce_into(&[0u8; 1], &mut [0u8; 3], ReduceOp::Sum),
+    ];
+    for result in wrong {
+        let error = result.expect_err("the call is wrong");
+        assert!(matches!(error, Error::Usage { .. }) && !error.is_fatal(), "{error}");
+    }
+    let mut buffer = [1u8];
+    communicator.all_reduce(&mut buffer, ReduceOp::Sum).expect("the communicator is as good as before");
+    assert_eq!(buffer, [world_size as u8]);
+    communicator.leave().expect("all ranks leave");
+}
+
+/// Runs `call`, which must end in an error, and says how long it took.
+fn failing(call: impl FnOnce() -> Result<(), Error>) -> (Error, Duration) {
+    let start = Instant::now();
+    let error = call().expect_err("the call must fail");
+    assert!(error.is_fatal());
+    (error, start.elapsed())
+}
+
+/// A fatal error stays: the next call gives it again, and at once.
+fn assert_stays(communicator: &mut Communicator, error: &Error) {
+    let (again, elapsed) = failing(|| communicator.barrier());
+    assert_eq!(again, *error);
+    assert!(elapsed < AT_ONCE);
+}
+
+fn another_collective_is_a_mismatch_on_every_rank(mut communicator: Communicator) {
+    let last = communicator.world_size() - 1;
+    communicator.barrier().expect("all ranks call it");
+    let (error, elapsed) = failing(|| {
+        if communicator.rank() == last {
+            communicator.all_reduce(&mut [1.0f32; 1000], ReduceOp::Sum)
+        } else {
+            communicator.all_gather(&[1.0f32; 100], &mut vec![0.0; 100 * (last + 1)])
+        }
+    });
+    let Error::Mismatch { calls, .. } = &error else { panic!("not a mismatch: {error}") };
+    let kinds = calls.as_ref().map(|call| (call.rank == last, call.operation.kind));
+    assert!(kinds.contains(&(true, Kind::AllReduce(ReduceOp::Sum))), "{error}");
+    assert!(kinds.contains(&(false, Kind::AllGather)), "{error}");
+    assert!(elapsed < AT_ONCE, "after {elapsed:?}");
+    assert_stays(&mut communicator, &error);
+}
+
+fn other_arguments_are_a_mismatch_on_every_rank(mut communicator: Communicator) {
+    // One disagreement per run of the list would be thirty groups; the first decides, so the ranks
+    // disagree in dtype, length and operator at once and any of the three must do.
+    let (error, elapsed) = failing(|| match communicator.rank() {
+        0 => communicator.all_reduce(&mut [1.0f32; 64], ReduceOp::Sum),
+        1 => communicator.all_reduce(&mut [1.0f32; 65], ReduceOp::Sum),
+        _ => communicator.all_reduce(&mut [1.0f32; 64], ReduceOp::Max),
+    });
+    let Error::Mismatch { calls, .. } = &error else { panic!("not a mismatch: {error}") };
+    assert_ne!(calls[0].operation, calls[1].operation, "{error}");
+    assert!(elapsed < AT_ONCE, "after {elapsed:?}");
+    assert_stays(&mut communicator, &error);
+}
+
+fn a_call_too_many_is_a_mismatch_at_the_next_call(mut communicator: Communicator) {
+    // The root of a small broadcast has sent all and gone on; the others are in a barrier. The root
+    // learns at its next call.
+    let (error, elapsed) = failing(|| {
+        if communicator.rank() == 2 {
+            communicator.broadcast(&mut [1u8], 2).and_then(|()| communicator.barrier())
+        } else {
+            communicator.barrier()
+        }
+    });
+    assert!(matches!(error, Error::Mismatch { .. }), "{error}");
+    assert!(elapsed < AT_ONCE, "after {elapsed:?}");
+}
+
+fn a_rank_that_never_calls_is_named(mut communicator: Communicator) {
+    let absent = communicator.world_size() - 1;
+    communicator.barrier().expect("all ranks call it");
+    if communicator.rank() == absent {
+        // Long enough to be missed, then it learns what happened.
+        std::thread::sleep(communicator.config().timeout * 4);
+        let (error, _) = failing(|| communicator.all_reduce(&mut [1.0f32], ReduceOp::Sum));
+        assert!(!matches!(error, Error::Mismatch { .. }), "{error}");
+        return;
+    }
+    // One element: only its owner, rank 0, needs the absent rank; the others wait for rank 0 and must
+    // not blame it.
+    let (error, _) = failing(|| communicator.all_reduce(&mut [1.0f32], ReduceOp::Sum));
+    let Error::TimedOut { waiting_for, elapsed, .. } = &error else { panic!("not a time-out: {error}") };
+    assert_eq!(*waiting_for, [absent], "{error}");
+    assert!(*elapsed >= communicator.config().timeout);
+    assert_stays(&mut communicator, &error);
+}
+
+fn an_orderly_leave_is_not_a_loss(mut communicator: Communicator) {
+    let last = communicator.world_size() - 1;
+    communicator.barrier().expect("all ranks call it");
+    if communicator.rank() == last {
+        communicator.leave().expect("leaving in order needs nobody's consent");
+        return;
+    }
+    let (error, _) = failing(|| communicator.all_reduce(&mut [1.0f32; 100], ReduceOp::Sum));
+    assert!(matches!(error, Error::PeerLeft { rank, .. } if rank == last), "{error}");
+    assert_stays(&mut communicator, &error);
+}
+
+fn what_was_sent_before_leaving_arrives(mut communicator: Communicator) {
+    let len = 300_000;
+    if communicator.rank() == 1 {
+        communicator.send(&vec![7u8; len], 0).expect("rank 0 receives");
+        communicator.leave().expect("leaving in order");
+    } else if communicator.rank() == 0 {
+        let mut message = vec![0u8; len];
+        communicator.recv(&mut message, 1).expect("what was sent arrives");
+        assert!(message.iter().all(|&byte| byte == 7));
+        let (error, _) = failing(|| communicator.recv(&mut [0u8], 1));
+        assert!(matches!(error, Error::PeerLeft { rank: 1, .. }), "{error}");
+    } else {
+        communicator.leave().expect("leaving in order");
+    }
+}
+
+fn a_rank_that_drops_its_communicator_is_lost(mut communicator: Communicator) {
+    let last = communicator.world_size() - 1;
+    if communicator.rank() == last {
+        return;
+    }
+    let (error, elapsed) = failing(|| communicator.all_reduce(&mut vec![1.0f32; 100_000], ReduceOp::Sum));
+    assert!(matches!(error, Error::PeerLost { rank, .. } if rank == last), "{error}");
+    assert!(error.to_string().contains("all_reduce #1"), "{error}");
+    assert!(elapsed < AT_ONCE, "after {elapsed:?}");
+    assert_stays(&mut communicator, &error);
+}
+
+fn an_interrupted_operation_ends_on_every_rank(mut communicator: Communicator) {
+    if communicator.rank() == 1 {
+        communicator.interrupter().interrupt("the owner has had enough");
+    }
+    let (error, elapsed) = failing(|| communicator.all_reduce(&mut [1.0f32; 100], ReduceOp::Sum));
+    assert!(error.to_string().contains("the owner has had enough"), "{error}");
+    assert!(elapsed < AT_ONCE, "after {elapsed:?}");
+}
+
+fn a_rank_that_is_said_to_be_dead_is_lost(mut communicator: Communicator) {
+    let last = communicator.world_size() - 1;
+    if communicator.rank() == last {
+        // Silent, as a killed process is: it neither calls nor leaves until the others have given up.
+        std::thread::sleep(AT_ONCE * 2);
+        let (error, _) = failing(|| communicator.barrier());
+        assert!(error.to_string().contains("gave this rank up"), "{error}");
+        return;
+    }
+    let interrupter = communicator.interrupter();
+    let rank = communicator.rank();
+    let witness = std::thread::spawn(move || {
+        if rank == 0 {
+            interrupter.peer_lost(last, "was killed by signal 9 (SIGKILL)");
+        }
+    });
+    let (error, elapsed) = failing(|| communicator.all_reduce(&mut vec![1.0f32; 100_000], ReduceOp::Sum));
+    witness.join().expect("the witness does not panic");
+    assert!(matches!(error, Error::PeerLost { rank, .. } if rank == last), "{error}");
+    assert!(error.to_string().contains("SIGKILL"), "{error}");
+    assert!(elapsed < AT_ONCE, "after {elapsed:?}");
+}

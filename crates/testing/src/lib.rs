@@ -1,0 +1,10 @@
+//! One list of behaviours that every transport and back end must pass.
+//!
+//! A [`Behaviour`] is what one rank does and asserts; whoever runs the list provides the group: threads
+//! over `mem` (collectives/tests), processes over QUIC (launcher/tests). A rank that sees something
+//! else panics, which fails the test it runs in.
+
+mod behaviours;
+pub mod reference;
+
+pub use behaviours::{ALL, Behaviour};

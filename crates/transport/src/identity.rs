@@ -1,0 +1,368 @@
+//! The job's certificate authority and the identities of its members.
+//!
+//! One authority per job, made by whoever starts the job; its key lives in memory only. Each member
+//! gets a short-lived leaf that names the job and the member twice: as a DNS name, which the standard
+//! server verifier compares with the member that was dialled, and as a SPIFFE URI, which the accepting
+//! side reads. Leaves name members, not ranks, because ranks change with the epoch.
+//!
+//! This module refuses to verify a peer: that is the work of rustls and webpki, set up in
+//! [`quic`](crate::quic). There is no revocation; leaves are short-lived instead.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyPair, KeyUsagePurpose, SanType,
+};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+
+use crate::Error;
+
+/// The DNS zone and SPIFFE trust domain of all jobs. `.internal` is reserved for private use (ICANN, 2024).
+const ZONE: &str = "paceline.internal";
+
+/// How long before the moment of issue a certificate is valid, for hosts whose clocks are behind.
+const CLOCK_SKEW: Duration = Duration::from_secs(300);
+
+/// The life of an authority, and so the longest life of a leaf: longer than any job, ten years.
+const AUTHORITY_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+
+/// The longest job or member name: one DNS label (RFC 1035, 2.3.4).
+const NAME_LIMIT: usize = 63;
+
+/// A job's certificate authority: whoever holds it decides who is a member.
+///
+/// The key is made here and cannot be exported; when the value is dropped no further member can be
+/// admitted, while the identities already issued stay valid until they expire.
+pub struct JobAuthority {
+    job: String,
+    issuer: Issuer<'static, KeyPair>,
+    certificate_pem: String,
+}
+
+/// Who a member is: its name, the leaf that proves it, and the authority its peers must be of.
+///
+/// Holds the private key. Cheap to clone.
+#[derive(Clone)]
+pub struct Identity {
+    job: String,
+    member: String,
+    leaf: CertificateDer<'static>,
+    authority: CertificateDer<'static>,
+    key: Arc<PrivateKeyDer<'static>>,
+    bundle_pem: Arc<str>,
+}
+
+/// The job and member that a leaf names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct MemberName {
+    pub(crate) job: String,
+    pub(crate) member: String,
+}
+
+impl JobAuthority {
+    /// Makes the authority of the job called `job`, with a new ECDSA P-256 key.
+    ///
+    /// Two authorities never trust each other's members, not even for a job of the same name.
+    ///
+    /// # Errors
+    /// [`Error::Identity`] when the name is not 1 to 63 of `a-z`, `0-9` and `-`, without a `-` at either end.
+    pub fn new(job: &str) -> Result<Self, Error> {
+        check_name("job", job)?;
+        let key = KeyPair::generate().map_err(unusable)?;
+        let mut params = validity(SystemTime::now(), AUTHORITY_LIFE);
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        // The key's own hash in the name: a leaf of another authority then fails as "unknown issuer"
+        // and not as "bad signature", also when both jobs have the same name.
+        let key_hash: String = params.key_identifier(&key).iter().map(|byte| format!("{byte:02x}")).collect();
+        params.distinguished_name = common_name(&format!("Paceline job {job} {}", &key_hash[..16]));
+        let certificate_pem = params.self_signed(&key).map_err(unusable)?.pem();
+        Ok(Self { job: job.to_owned(), issuer: Issuer::new(params, key), certificate_pem })
+    }
+
+    /// The job's name.
+    pub fn job(&self) -> &str {
+        &self.job
+    }
+
+    /// Makes the identity of one member, valid from now (and a few minutes before, for clock skew) for
+    /// `valid_for`, as client and as server.
+    ///
+    /// # Errors
+    /// [`Error::Identity`] when the member's name is not 1 to 63 of `a-z`, `0-9` and `-`, without a `-`
+    /// at either end.
+    pub fn issue(&self, member: &str, valid_for: Duration) -> Result<Identity, Error> {
+        self.issue_at(member, SystemTime::now(), valid_for)
+    }
+
+    /// As [`issue`](JobAuthority::issue), with the clock as an argument.
+    ///
+    /// # Errors
+    /// As [`issue`](JobAuthority::issue).
+    pub fn issue_at(&self, member: &str, now: SystemTime, valid_for: Duration) -> Result<Identity, Error> {
+        check_name("member", member)?;
+        let key = KeyPair::generate().map_err(unusable)?;
+        let mut params = validity(now, valid_for);
+        params.distinguished_name = common_name(member);
+        params.subject_alt_names = vec![
+            SanType::DnsName(dns_name(&self.job, member).try_into().map_err(unusable)?),
+            SanType::URI(spiffe_id(&self.job, member).try_into().map_err(unusable)?),
+        ];
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
+        params.use_authority_key_identifier_extension = true;
+        let leaf_pem = params.signed_by(&key, &self.issuer).map_err(unusable)?.pem();
+        Identity::from_pem(&format!("{}{leaf_pem}{}", key.serialize_pem(), self.certificate_pem))
+    }
+}
+
+impl Identity {
+    /// Reads an identity from one PEM text with the private key, the leaf and the authority's
+    /// certificate, the leaf before the authority. Job and member are read from the leaf.
+    ///
+    /// An expired leaf is accepted here; peers will refuse it.
+    ///
+    /// # Errors
+    /// [`Error::Identity`] when one of the three is missing or malformed, when there is more, or when the
+    /// key is not the leaf's.
+    pub fn from_pem(bundle: &str) -> Result<Self, Error> {
+        let certificates: Vec<_> = CertificateDer::pem_slice_iter(bundle.as_bytes())
+            .collect::<Result<_, _>>()
+            .map_err(|error| unusable(format!("malformed PEM: {error}")))?;
+        let [leaf, authority]: [CertificateDer<'static>; 2] = certificates.try_into().map_err(|found| {
+            let found: Vec<CertificateDer<'_>> = found;
+            unusable(format!("expected the leaf and the authority, found {} certificates", found.len()))
+        })?;
+        let key = PrivateKeyDer::from_pem_slice(bundle.as_bytes())
+            .map_err(|error| unusable(format!("no usable private key: {error}")))?;
+        let provider = rustls::crypto::aws_lc_rs::default_provider();
+        rustls::sign::CertifiedKey::from_der(vec![leaf.clone()], key.clone_key(), &provider)
+            .map_err(|error| unusable(format!("the key and the certificate do not fit: {error}")))?;
+        let MemberName { job, member } = MemberName::of(&leaf).map_err(unusable)?;
+        Ok(Self { job, member, leaf, authority, key: Arc::new(key), bundle_pem: bundle.into() })
+    }
+
+    /// The PEM text that [`from_pem`](Identity::from_pem) reads. It contains the private key: write it
+    /// to a file only its owner can read.
+    pub fn to_pem(&self) -> String {
+        self.bundle_pem.to_string()
+    }
+
+    /// The job's name.
+    pub fn job(&self) -> &str {
+        &self.job
+    }
+
+    /// This member's name.
+    pub fn member(&self) -> &str {
+        &self.member
+    }
+
+    /// The DNS name that the certificate of another member of this job carries.
+    pub fn server_name(&self, member: &str) -> String {
+        dns_name(&self.job, member)
+    }
+
+    pub(crate) fn leaf(&self) -> CertificateDer<'static> {
+        self.leaf.clone()
+    }
+
+    pub(crate) fn authority(&self) -> CertificateDer<'static> {
+        self.authority.clone()
+    }
+
+    pub(crate) fn key(&self) -> PrivateKeyDer<'static> {
+        self.key.clone_key()
+    }
+}
+
+impl MemberName {
+    /// Reads the names in a leaf. Says nothing about whether the leaf is valid.
+    pub(crate) fn of(leaf: &CertificateDer<'_>) -> Result<Self, String> {
+        let leaf =
+            webpki::EndEntityCert::try_from(leaf).map_err(|error| format!("not a certificate: {error}"))?;
+        let mut names = leaf.valid_uri_names().filter_map(parse_spiffe_id);
+        match (names.next(), names.next()) {
+            (Some(name), None) => Ok(name),
+            (None, _) => Err("the certificate names no member of a Paceline job".to_owned()),
+            (Some(_), Some(_)) => Err("the certificate names more than one member".to_owned()),
+        }
+    }
+}
+
+impl fmt::Debug for JobAuthority {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("JobAuthority").field("job", &self.job).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Identity")
+            .field("job", &self.job)
+            .field("member", &self.member)
+            .field("key", &"<redacted>")
+            .finish_non_exhaustive()
+    }
+}
+
+fn dns_name(job: &str, member: &str) -> String {
+    format!("{member}.{job}.{ZONE}")
+}
+
+fn spiffe_id(job: &str, member: &str) -> String {
+    format!("spiffe://{ZONE}/job/{job}/member/{member}")
+}
+
+fn parse_spiffe_id(uri: &str) -> Option<MemberName> {
+    let path = uri.strip_prefix("spiffe://")?.strip_prefix(ZONE)?.strip_prefix("/job/")?;
+    let (job, member) = path.split_once("/member/")?;
+    check_name("job", job).ok()?;
+    check_name("member", member).ok()?;
+    Some(MemberName { job: job.to_owned(), member: member.to_owned() })
+}
+
+fn check_name(kind: &str, name: &str) -> Result<(), Error> {
+    let fits = !name.is_empty()
+        && name.len() <= NAME_LIMIT
+        && name.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-'))
+        && !name.starts_with('-')
+        && !name.ends_with('-');
+    if fits {
+        return Ok(());
+    }
+    Err(unusable(format!(
+        "the {kind} name {name:?} must be 1 to {NAME_LIMIT} of a-z, 0-9 and '-', and not start or end with '-'"
+    )))
+}
+
+fn validity(now: SystemTime, valid_for: Duration) -> CertificateParams {
+    // A clock before 1970 counts as 1970: the certificate is then expired, which the peers will say.
+    let since_1970 = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let epoch = rcgen::date_time_ymd(1970, 1, 1);
+    let mut params = CertificateParams::default();
+    params.not_before = epoch + since_1970.saturating_sub(CLOCK_SKEW);
+    params.not_after = epoch + since_1970 + valid_for.min(AUTHORITY_LIFE);
+    params
+}
+
+fn common_name(name: &str) -> DistinguishedName {
+    let mut distinguished_name = DistinguishedName::new();
+    distinguished_name.push(DnType::CommonName, name);
+    distinguished_name
+}
+
+fn unusable(reason: impl ToString) -> Error {
+    Error::Identity { reason: reason.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    fn identity(job: &str, member: &str) -> Identity {
+        let authority = JobAuthority::new(job).expect("a valid job name");
+        authority.issue(member, HOUR).expect("a valid member name")
+    }
+
+    #[test]
+    fn an_identity_names_its_job_and_member_and_survives_its_file() {
+        let original = identity("job-7", "worker-0");
+        let read = Identity::from_pem(&original.to_pem()).expect("own output is readable");
+        for identity in [&original, &read] {
+            assert_eq!((identity.job(), identity.member()), ("job-7", "worker-0"));
+            assert_eq!(identity.server_name("worker-1"), "worker-1.job-7.paceline.internal");
+        }
+        assert_eq!(read.leaf(), original.leaf());
+        assert_eq!(read.authority(), original.authority());
+        assert_eq!(read.key(), original.key());
+    }
+
+    #[test]
+    fn the_leaf_is_valid_for_its_dns_name_and_no_other() {
+        let identity = identity("job", "worker-0");
+        let leaf = identity.leaf();
+        let leaf = webpki::EndEntityCert::try_from(&leaf).expect("a certificate");
+        let valid_for = |name: &str| {
+            let name = name.to_owned().try_into().expect("a DNS name");
+            leaf.verify_is_valid_for_subject_name(&name).is_ok()
+        };
+        assert!(valid_for("worker-0.job.paceline.internal"));
+        assert!(!valid_for("worker-1.job.paceline.internal"));
+        assert!(!valid_for("worker-0.other.paceline.internal"));
+    }
+
+    #[test]
+    fn names_that_are_not_a_dns_label_are_refused_by_name() {
+        let long = "x".repeat(64);
+        let authority = JobAuthority::new("job").expect("a valid job name");
+        for name in ["", "Job", "a.b", "a/b", "ä", "-a", "a-", "a b", &long] {
+            for result in [JobAuthority::new(name).err(), authority.issue(name, HOUR).err()] {
+                let text = result.expect("refused").to_string();
+                assert!(text.contains(&format!("{name:?}")), "{text}");
+            }
+        }
+        assert!(JobAuthority::new(&long[..63]).is_ok());
+    }
+
+    #[test]
+    fn debug_output_holds_no_key() {
+        let identity = identity("job", "worker-0");
+        let text = format!("{identity:?}");
+        assert!(text.contains("worker-0") && text.contains("redacted"), "{text}");
+        assert!(!text.contains("PRIVATE") && text.len() < 120, "{text}");
+    }
+
+    #[test]
+    fn bundles_with_missing_or_foreign_parts_are_refused() {
+        let (one, other) = (identity("job", "a").to_pem(), identity("job", "b").to_pem());
+        let part = |bundle: &str, n: usize| -> String {
+            let ends: Vec<usize> =
+                bundle.match_indices("-----BEGIN").map(|(at, _)| at).chain([bundle.len()]).collect();
+            bundle[ends[n]..ends[n + 1]].to_owned()
+        };
+        let reason = |parts: &[String]| {
+            Identity::from_pem(&parts.concat()).expect_err("an unusable bundle").to_string()
+        };
+        let (key, leaf, authority) = (part(&one, 0), part(&one, 1), part(&one, 2));
+        assert!(Identity::from_pem(&[key.clone(), leaf.clone(), authority.clone()].concat()).is_ok());
+        assert!(reason(&[]).contains("found 0 certificates"));
+        assert!(reason(&[key.clone(), leaf.clone()]).contains("found 1 certificates"));
+        assert!(reason(&[leaf.clone(), authority.clone()]).contains("no usable private key"));
+        assert!(reason(&[part(&other, 0), leaf, authority.clone()]).contains("do not fit"));
+        assert!(reason(&["-----BEGIN CERTIFICATE-----\n!!".to_owned()]).contains("malformed PEM"));
+        assert!(reason(&[key, authority.clone(), authority]).contains("do not fit"));
+    }
+
+    #[test]
+    fn a_spiffe_id_of_another_shape_is_not_a_member() {
+        let good = "spiffe://paceline.internal/job/j/member/m";
+        assert!(parse_spiffe_id(good).is_some());
+        for bad in [
+            "spiffe://elsewhere/job/j/member/m",
+            "spiffe://paceline.internal.evil/job/j/member/m",
+            "spiffe://paceline.internal/job/j/member/m/member/x",
+            "spiffe://paceline.internal/job//member/m",
+            "spiffe://paceline.internal/job/j",
+            "https://paceline.internal/job/j/member/m",
+        ] {
+            assert_eq!(parse_spiffe_id(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn any_clock_and_any_life_give_a_certificate() {
+        let authority = JobAuthority::new("job").expect("a valid job name");
+        let before_1970 = SystemTime::UNIX_EPOCH - HOUR;
+        for (now, valid_for) in [(before_1970, Duration::ZERO), (SystemTime::now(), Duration::MAX)] {
+            authority.issue_at("m", now, valid_for).expect("issued");
+        }
+    }
+}

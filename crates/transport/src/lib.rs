@@ -1,0 +1,117 @@
+//! Moves bytes between the ranks of one epoch, reliably and in order.
+//!
+//! A [`Transport`] is one rank's set of links to its peers. Each link carries two independent
+//! things: a *byte stream* for data, flow-controlled, and a *control lane* of short messages that
+//! never wait behind data. Frames on the byte stream are cut and joined by [`frame`]; what a frame's
+//! payload means is the business of the layer above.
+//!
+//! This crate refuses to know a dtype, a collective or an environment variable.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`mem`] | ranks as threads of one process, over a bounded window |
+//! | [`quic`] | ranks as processes, over QUIC with mutual TLS |
+//! | [`identity`] | the job's certificate authority and its members' identities |
+//! | [`frame`] | the data-plane header, written by hand, and partial sends and receives of frames |
+//! | [`wire`] | control messages: the only file that knows bincode |
+
+pub mod error;
+pub mod frame;
+pub mod identity;
+pub mod mem;
+pub mod park;
+pub mod quic;
+pub mod wire;
+
+use std::io::IoSlice;
+use std::task::Waker;
+use std::time::Instant;
+
+pub use error::Error;
+
+/// The longest control message a transport accepts, in bytes.
+///
+/// Control messages say "this operation failed" or "I am leaving"; 4 KiB leaves room for a reason in
+/// words and bounds what a peer can make us hold.
+pub const CONTROL_MESSAGE_LIMIT: usize = 4096;
+
+/// One rank's links to all other ranks of one epoch.
+///
+/// All calls are non-blocking except [`wait`](Transport::wait) and [`leave`](Transport::leave), which
+/// have deadlines. The caller drives sends and receives together: a rank that sends a long message
+/// before it starts to receive deadlocks as soon as the windows are full, on every transport.
+///
+/// Bytes arrive in the order they were sent, per ordered pair of ranks; nothing orders different
+/// pairs, nor data against control. Indexing a peer that is this rank or not below
+/// [`world_size`](Transport::world_size) is a defect of the caller and panics.
+pub trait Transport: Send {
+    /// A short name for logs and errors: `mem`, `quic`.
+    fn name(&self) -> &'static str;
+
+    /// This process's rank in the epoch.
+    fn rank(&self) -> usize;
+
+    /// The number of ranks in the epoch.
+    fn world_size(&self) -> usize;
+
+    /// The epoch the links belong to.
+    fn epoch(&self) -> u64;
+
+    /// Hands as many bytes of `parts`, in order, to the link as its window takes, and returns how
+    /// many. `Ok(0)` means the window is full; a later [`wait`](Transport::wait) ends when there is room.
+    ///
+    /// The bytes are copied; the caller keeps its buffers.
+    ///
+    /// # Errors
+    /// [`Error::Lost`] or [`Error::Left`] when the link is gone. Every later call answers the same.
+    fn try_send(&mut self, to: usize, parts: &[IoSlice<'_>]) -> Result<usize, Error>;
+
+    /// Copies bytes that have arrived into `into` and returns how many. `Ok(0)` means that none are
+    /// there now (or `into` is empty); a later [`wait`](Transport::wait) ends when some arrive.
+    ///
+    /// # Errors
+    /// [`Error::Left`] when the peer left in order and all its bytes have been read, [`Error::Lost`]
+    /// when the link is gone. Every later call answers the same.
+    fn try_recv(&mut self, from: usize, into: &mut [u8]) -> Result<usize, Error>;
+
+    /// Sends one short message on the control lane. Never waits for the peer.
+    ///
+    /// # Errors
+    /// [`Error::Lost`] or [`Error::Left`] when the link is gone, [`Error::Usage`] when the message is
+    /// longer than [`CONTROL_MESSAGE_LIMIT`].
+    fn send_control(&mut self, to: usize, message: &[u8]) -> Result<(), Error>;
+
+    /// Takes the next control message of a peer, if one has arrived.
+    ///
+    /// # Errors
+    /// [`Error::Left`] or [`Error::Lost`] when the link is gone and no message is left.
+    fn try_recv_control(&mut self, from: usize) -> Result<Option<Vec<u8>>, Error>;
+
+    /// Parks the caller until a link that answered `Ok(0)` or `Ok(None)` may answer otherwise, until
+    /// the [`waker`](Transport::waker) is used, or until `until`, whichever is first.
+    ///
+    /// A wake-up since the last `wait` is remembered and ends the next one at once, so polling all
+    /// links and then waiting never sleeps through an event. Wake-ups may be spurious.
+    fn wait(&mut self, until: Instant);
+
+    /// A waker with which another thread ends a [`wait`](Transport::wait).
+    fn waker(&self) -> Waker;
+
+    /// Gives up: sends `message` as this side's last control message to every peer that can still be
+    /// reached, and returns when it has been delivered or `deadline` has passed.
+    ///
+    /// Peers read the message before they get [`Error::Lost`], so they learn why. Every later call but
+    /// dropping is pointless.
+    fn abort(&mut self, message: &[u8], deadline: Instant);
+
+    /// Leaves in order: tells every peer that no more data will come, and returns when all that was
+    /// sent has been delivered (not necessarily read) or `deadline` has passed.
+    ///
+    /// After it, peers read what is left on their link and then get [`Error::Left`]. Dropping a
+    /// transport without `leave` is a loss for the peers, by intent: a rank that panics has not finished.
+    ///
+    /// # Errors
+    /// [`Error::TimedOut`] naming the peers that had not confirmed by the deadline. Peers that are
+    /// lost or have left themselves are not waited for.
+    fn leave(&mut self, deadline: Instant) -> Result<(), Error>;
+}

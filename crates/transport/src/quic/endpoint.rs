@@ -1,0 +1,306 @@
+//! Dialling and accepting members of the job, and turning everybody else away.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use quinn::{Incoming, TokioRuntime};
+use rustls::pki_types::CertificateDer;
+use serde::{Deserialize, Serialize};
+use tokio::sync::{Mutex, mpsc};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use super::close::{self, CloseCode, in_words};
+use super::congestion::CubicUntilClose;
+use super::connection::{Connection, Lane, gone, remote_address};
+use super::io::{IoHandle, Task};
+use super::socket::{self, GuardedSocket};
+use super::tls;
+use crate::Error;
+use crate::identity::{Identity, MemberName};
+
+/// The version of everything that is said after the TLS handshake. Raised when messages change; the
+/// refusal then names both versions.
+const PROTOCOL_VERSION: u16 = 1;
+
+/// How long a handshake may take, hello and welcome included: ten times a slow one across continents.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
+
+/// Handshakes in progress at one time. Further ones are not answered; the client tries again by itself.
+const HANDSHAKES_LIMIT: usize = 256;
+
+/// From this many handshakes on, clients must first prove that their address is theirs (RFC 9000, 8.1.2).
+const RETRY_FROM: usize = 64;
+
+/// Accepted connections that may wait for [`Endpoint::accept`].
+const ACCEPTED_LIMIT: usize = 1024;
+
+/// The longest hello, in bytes: a job name and a number.
+const HELLO_LIMIT: usize = 256;
+
+/// A UDP socket on which a member of a job dials other members and accepts them.
+///
+/// From [`bind`](Endpoint::bind) on it completes handshakes by itself and keeps the connections until
+/// somebody calls [`accept`](Endpoint::accept). That should be one consumer at a time: in a worker the
+/// accept loop of its [`QuicTransport`](super::QuicTransport), in a launcher the rendezvous.
+///
+/// Cheap to clone. When the last clone is dropped no connection is accepted any more; existing ones live on.
+#[derive(Clone, Debug)]
+pub struct Endpoint {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    io: IoHandle,
+    quinn: quinn::Endpoint,
+    client: quinn::ClientConfig,
+    identity: Identity,
+    socket: Arc<GuardedSocket>,
+    local_addr: SocketAddr,
+    accepted: Mutex<mpsc::Receiver<Connection>>,
+    _acceptor: Task<()>,
+    _reporter: Task<()>,
+    /// Dropped with the last clone, which tells the task that watches over the end.
+    _alive: mpsc::Sender<()>,
+}
+
+/// The first message on every connection, from the side that dialled.
+#[derive(Debug, Serialize, Deserialize)]
+struct Hello {
+    protocol_version: u16,
+    job: String,
+}
+
+/// The answer to [`Hello`]. Without it the dialling side has no connection: QUIC reports success to a
+/// client before the server has looked at its certificate.
+#[derive(Debug, Serialize, Deserialize)]
+struct Welcome {
+    protocol_version: u16,
+}
+
+impl Endpoint {
+    /// Opens a UDP socket at `addr` (port 0: any free one) for the member `identity`.
+    ///
+    /// # Errors
+    /// [`Error::Bind`] with the operating system's reason, [`Error::Identity`] when TLS cannot use the identity.
+    pub fn bind(io: &IoHandle, addr: SocketAddr, identity: &Identity) -> Result<Self, Error> {
+        let no_bind =
+            |error: std::io::Error| Error::Bind { addr, reason: error.to_string(), kind: error.kind() };
+        let congestion = CubicUntilClose::new(tls::INITIAL_WINDOW_BYTES);
+        let (client, server) =
+            (tls::client_config(identity, &congestion)?, tls::server_config(identity, &congestion)?);
+        let config = tls::endpoint_config();
+        let std_socket = socket::open(addr).map_err(no_bind)?;
+        let runtime: Arc<dyn quinn::Runtime> = Arc::new(TokioRuntime);
+        let inner = io.inside(|| runtime.wrap_udp_socket(std_socket)).map_err(no_bind)?;
+        let socket = Arc::new(GuardedSocket::new(inner));
+        let quinn = io
+            .inside(|| {
+                quinn::Endpoint::new_with_abstract_socket(config, Some(server), socket.clone(), runtime)
+            })
+            .map_err(no_bind)?;
+        let local_addr = quinn.local_addr().map_err(no_bind)?;
+        let (sender, accepted) = mpsc::channel(ACCEPTED_LIMIT);
+        let (alive, released) = mpsc::channel(1);
+        io.spawn(close_in_the_end(io.clone(), quinn.clone(), congestion, released));
+        let acceptor = accept_all(quinn.clone(), identity.job().to_owned(), sender);
+        let reporter = socket.clone();
+        let shared = Shared {
+            quinn,
+            client,
+            identity: identity.clone(),
+            local_addr,
+            accepted: Mutex::new(accepted),
+            _acceptor: io.task(acceptor),
+            _reporter: io.task(async move { reporter.report_refused().await }),
+            _alive: alive,
+            io: io.clone(),
+            socket,
+        };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// The address of the socket, with the port that was chosen.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.shared.local_addr
+    }
+
+    /// Who this endpoint is.
+    pub fn identity(&self) -> &Identity {
+        &self.shared.identity
+    }
+
+    /// Dials `addr` once and returns the connection when `member` of this job has answered there and
+    /// has welcomed us. Can be awaited on any executor; gives up after 5 s.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] when the other side is not that member or does not take us,
+    /// [`Error::TimedOut`] when nobody answers, [`Error::Usage`] when the I/O thread has stopped.
+    pub async fn connect(&self, addr: SocketAddr, member: &str) -> Result<Connection, Error> {
+        self.connect_within(addr, member, HANDSHAKE_LIMIT).await
+    }
+
+    /// Waits for the next member to dial us. Clients that are refused are logged and skipped.
+    /// Can be awaited on any executor; cancelling it loses nothing.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when the I/O thread has stopped.
+    pub async fn accept(&self) -> Result<Connection, Error> {
+        let closed = || Error::Usage { reason: "the endpoint is closed".to_owned() };
+        self.shared.accepted.lock().await.recv().await.ok_or_else(closed)
+    }
+
+    /// As [`connect`](Endpoint::connect), for at most `limit`.
+    pub(super) async fn connect_within(
+        &self,
+        addr: SocketAddr,
+        member: &str,
+        limit: Duration,
+    ) -> Result<Connection, Error> {
+        let (this, member) = (self.clone(), member.to_owned());
+        let dial = async move {
+            timeout(limit, this.dial(addr, &member)).await.unwrap_or_else(|_| {
+                Err(Error::TimedOut { what: format!("an answer from {member} at {addr}"), elapsed: limit })
+            })
+        };
+        self.shared.io.run(dial).await?
+    }
+
+    pub(super) fn io(&self) -> &IoHandle {
+        &self.shared.io
+    }
+
+    async fn dial(&self, addr: SocketAddr, member: &str) -> Result<Connection, Error> {
+        let Shared { quinn, client, identity, socket, .. } = &*self.shared;
+        socket.expect_from(addr);
+        let name = identity.server_name(member);
+        let connecting = quinn
+            .connect_with(client.clone(), addr, &name)
+            .map_err(|error| gone(addr, &format!("cannot dial: {error}")))?;
+        let connection = connecting.await.map_err(|error| gone(addr, &in_words(&error)))?;
+        let connection = Connection::new(connection, member.to_owned());
+        let (mut sender, mut receiver) = connection.open(Lane::Hello, HELLO_LIMIT).await?;
+        let hello = Hello { protocol_version: PROTOCOL_VERSION, job: identity.job().to_owned() };
+        sender.send(&hello).await?;
+        match receiver.recv::<Welcome>().await? {
+            Some(_) => Ok(connection),
+            None => Err(gone(addr, "it ended the conversation without a welcome")),
+        }
+    }
+}
+
+/// Closes what is open when the I/O thread stops. Ends before that when the endpoint has been dropped
+/// and its last connection is closed.
+async fn close_in_the_end(
+    io: IoHandle,
+    endpoint: quinn::Endpoint,
+    congestion: CubicUntilClose,
+    mut released: mpsc::Receiver<()>,
+) {
+    let idle = async {
+        // Nothing is ever sent: `None` says that the endpoint is gone.
+        let _ = released.recv().await;
+        endpoint.wait_idle().await;
+    };
+    tokio::select! {
+        () = io.stopping() => {
+            congestion.open_all();
+            endpoint.close(CloseCode::Aborted.into(), b"its process ended");
+        }
+        () = idle => {}
+    }
+}
+
+/// Completes handshakes side by side, so that a stalled one holds up nobody.
+async fn accept_all(endpoint: quinn::Endpoint, job: String, accepted: mpsc::Sender<Connection>) {
+    let job: Arc<str> = job.into();
+    let mut handshakes = JoinSet::new();
+    loop {
+        let incoming = tokio::select! {
+            incoming = endpoint.accept() => incoming,
+            Some(_) = handshakes.join_next() => continue,
+        };
+        let Some(incoming) = incoming else { return };
+        if handshakes.len() >= HANDSHAKES_LIMIT {
+            incoming.ignore();
+        } else if handshakes.len() >= RETRY_FROM && incoming.may_retry() {
+            // Fails only for clients that must not be asked to retry, which was checked just now.
+            let _ = incoming.retry();
+        } else {
+            handshakes.spawn(let_in(incoming, job.clone(), accepted.clone()));
+        }
+    }
+}
+
+/// Completes one handshake and hands the connection on, or says why not.
+async fn let_in(incoming: Incoming, job: Arc<str>, accepted: mpsc::Sender<Connection>) {
+    let addr = incoming.remote_address();
+    let remote = SocketAddr::new(addr.ip().to_canonical(), addr.port());
+    let outcome = timeout(HANDSHAKE_LIMIT, welcome(incoming, &job)).await;
+    let reason = match outcome {
+        Ok(Ok(connection)) => match accepted.try_send(connection) {
+            Ok(()) => return,
+            Err(mpsc::error::TrySendError::Closed(_)) => return,
+            Err(mpsc::error::TrySendError::Full(connection)) => {
+                let reason = "too many connections wait to be accepted".to_owned();
+                connection.close_with(CloseCode::Refused, &reason);
+                reason
+            }
+        },
+        Ok(Err(reason)) => reason,
+        Err(_) => format!("its handshake was not finished within {} s", HANDSHAKE_LIMIT.as_secs()),
+    };
+    tracing::warn!(%remote, reason, "refused a connection");
+}
+
+async fn welcome(incoming: Incoming, job: &str) -> Result<Connection, String> {
+    let connecting = incoming.accept().map_err(|error| in_words(&error))?;
+    let quinn = connecting.await.map_err(|error| in_words(&error))?;
+    let remote = remote_address(&quinn);
+    let greeted = greet(&quinn, job).await;
+    greeted.map_err(|error| {
+        // In the error of a connection only the reason is news here; the address is logged beside it.
+        let reason = match error {
+            Error::Refused { reason, .. } => reason,
+            error => error.to_string(),
+        };
+        tracing::debug!(%remote, reason, "closing after the TLS handshake");
+        close::close(&quinn, CloseCode::Refused, &reason);
+        reason
+    })
+}
+
+/// Reads who the client is, answers its hello, and refuses what does not fit.
+async fn greet(quinn: &quinn::Connection, job: &str) -> Result<Connection, Error> {
+    let remote = remote_address(quinn);
+    let refused = |reason: String| gone(remote, &reason);
+    let name = certified_name(quinn).map_err(refused)?;
+    if name.job != job {
+        return Err(refused(format!("its certificate is of the job {:?}", name.job)));
+    }
+    let connection = Connection::new(quinn.clone(), name.member);
+    let (mut sender, mut receiver) = connection.accept(Lane::Hello, HELLO_LIMIT).await?;
+    let hello = receiver.recv::<Hello>().await?;
+    let Hello { protocol_version, job: theirs } =
+        hello.ok_or_else(|| refused("it ended the conversation without a hello".to_owned()))?;
+    if protocol_version != PROTOCOL_VERSION {
+        return Err(refused(format!(
+            "it speaks version {protocol_version} of the protocol and we speak {PROTOCOL_VERSION}"
+        )));
+    }
+    if theirs != job {
+        return Err(refused(format!("it is looking for the job {theirs:?} and this is {job:?}")));
+    }
+    sender.send(&Welcome { protocol_version: PROTOCOL_VERSION }).await?;
+    Ok(connection)
+}
+
+fn certified_name(connection: &quinn::Connection) -> Result<MemberName, String> {
+    let identity = connection.peer_identity().ok_or("the client has no certificate")?;
+    let chain = identity
+        .downcast::<Vec<CertificateDer<'static>>>()
+        .map_err(|_| "the client's certificate is of an unknown kind")?;
+    MemberName::of(chain.first().ok_or("the client has no certificate")?)
+}

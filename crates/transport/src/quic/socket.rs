@@ -1,0 +1,411 @@
+//! The UDP socket under quinn: keeps batches sendable, and stops what is not QUIC.
+//!
+//! quinn hands the kernel up to 10 datagrams in one call whatever their size. Above 65507 bytes in
+//! all, the kernel answers EMSGSIZE and quinn-udp swallows it: with an MTU of 8972 nothing but single
+//! datagrams gets through (facts/transport.md §2.1; quinn issues 2189 and 2201). [`GuardedSocket`]
+//! limits the batch to what fits, and splits one that was made before the path's MTU was known.
+//!
+//! Datagrams from addresses that never began a handshake are looked at before quinn sees them. Those
+//! that cannot be QUIC are dropped, and a line per address and second says so; this is for the person
+//! who pointed the wrong program at our port, as TLS is what keeps strangers out.
+
+use std::collections::{HashMap, HashSet};
+use std::io::{self, IoSliceMut};
+use std::net::{SocketAddr, UdpSocket};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use quinn::udp::{RecvMeta, Transmit};
+use quinn::{AsyncUdpSocket, UdpPoller};
+use rustix::net::sockopt;
+use tokio::sync::Notify;
+
+/// The largest payload of one UDP send over IPv4, segments together: 65535 less both headers.
+const MAX_BATCH_BYTES: usize = 65507;
+
+/// Socket buffers we ask for. The default of 208 KiB overflows when the receiver is descheduled; the
+/// kernel grants what net.core.rmem_max and wmem_max allow.
+const SOCKET_BUFFER_BYTES: usize = 4 * 1024 * 1024;
+
+/// Addresses kept per generation of [`Known`]: more than a group has members.
+const KNOWN_LIMIT: usize = 4096;
+
+/// Addresses with a count of their own in one reporting period.
+const SUSPECT_LIMIT: usize = 64;
+
+/// How often an address is reported.
+const REPORT_PERIOD: Duration = Duration::from_secs(1);
+
+/// A QUIC client must pad its first datagram to this size (RFC 9000, 14.1).
+const SMALLEST_INITIAL: usize = 1200;
+
+/// The shortest packet a peer that follows RFC 9000 sends (10.3: shorter ones cannot be told from
+/// a stateless reset).
+const SMALLEST_PACKET: usize = 21;
+
+/// A UDP socket that quinn can use without losing batches, and that keeps garbage from it.
+#[derive(Debug)]
+pub(super) struct GuardedSocket {
+    inner: Arc<dyn AsyncUdpSocket>,
+    /// The largest datagram of any batch so far: the MTU of the best path, as seen from here.
+    largest_segment: AtomicUsize,
+    gate: Mutex<Gate>,
+    refused: Notify,
+}
+
+/// Who may send what.
+#[derive(Debug, Default)]
+struct Gate {
+    known: Known,
+    /// Refused datagrams per address since the last report, and those of further addresses.
+    suspects: HashMap<SocketAddr, Refused>,
+    further: u64,
+}
+
+/// Datagrams of one address that were refused in a reporting period.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Refused {
+    not_quic: u64,
+    stray: u64,
+}
+
+/// A bounded set of addresses: when a generation is full it becomes the old one, and the one before is
+/// forgotten. A forgotten peer is not cut off, its packets are looked at again.
+#[derive(Debug, Default)]
+struct Known {
+    last: Option<SocketAddr>,
+    young: HashSet<SocketAddr>,
+    old: HashSet<SocketAddr>,
+}
+
+/// What a datagram from an unknown address can be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    /// The first datagram of a handshake.
+    Handshake,
+    /// QUIC by its looks, of a connection we may have forgotten. quinn answers with a stateless reset,
+    /// from which the peer learns that we were restarted.
+    Stray,
+    /// Not QUIC version 1.
+    NotQuic,
+}
+
+/// Opens a socket with large buffers.
+pub(super) fn open(addr: SocketAddr) -> io::Result<UdpSocket> {
+    let socket = UdpSocket::bind(addr)?;
+    sockopt::set_socket_recv_buffer_size(&socket, SOCKET_BUFFER_BYTES)?;
+    sockopt::set_socket_send_buffer_size(&socket, SOCKET_BUFFER_BYTES)?;
+    tracing::debug!(
+        %addr,
+        receive_buffer_bytes = sockopt::socket_recv_buffer_size(&socket)?,
+        send_buffer_bytes = sockopt::socket_send_buffer_size(&socket)?,
+        "opened a UDP socket"
+    );
+    Ok(socket)
+}
+
+impl GuardedSocket {
+    pub(super) fn new(inner: Arc<dyn AsyncUdpSocket>) -> Self {
+        let largest_segment = AtomicUsize::new(SMALLEST_INITIAL);
+        Self { inner, largest_segment, gate: Mutex::default(), refused: Notify::new() }
+    }
+
+    /// Lets datagrams of an address pass that we are about to dial.
+    pub(super) fn expect_from(&self, addr: SocketAddr) {
+        self.gate().known.insert(canonical(addr));
+    }
+
+    /// Logs refused datagrams, for as long as it is polled.
+    pub(super) async fn report_refused(&self) {
+        loop {
+            self.refused.notified().await;
+            tokio::time::sleep(REPORT_PERIOD).await;
+            let (suspects, further) = {
+                let mut gate = self.gate();
+                (std::mem::take(&mut gate.suspects), std::mem::take(&mut gate.further))
+            };
+            suspects.into_iter().for_each(|(remote, refused)| refused.log(remote));
+            if further > 0 {
+                tracing::warn!(datagrams = further, "refused datagrams of many more addresses");
+            }
+        }
+    }
+
+    fn gate(&self) -> MutexGuard<'_, Gate> {
+        // Counters and sets stay usable whatever happened to another holder.
+        self.gate.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Empties the buffers that quinn must not see.
+    fn filter(&self, buffers: &[IoSliceMut<'_>], received: &mut [RecvMeta]) {
+        let mut gate = self.gate();
+        for (buffer, meta) in buffers.iter().zip(received) {
+            let remote = canonical(meta.addr);
+            if !gate.known.contains(remote) && !gate.admit(remote, &buffer[..meta.len], meta.stride) {
+                meta.len = 0;
+            }
+        }
+        if !gate.suspects.is_empty() {
+            self.refused.notify_one();
+        }
+    }
+}
+
+impl AsyncUdpSocket for GuardedSocket {
+    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+        self.inner.clone().create_io_poller()
+    }
+
+    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        let Some(segment) = transmit.segment_size else {
+            return self.inner.try_send(transmit);
+        };
+        self.largest_segment.fetch_max(segment, Ordering::Relaxed);
+        // Should the second half find the socket full, quinn sends both again: a duplicate, which the
+        // peer ignores, in the one moment when the path's MTU has just grown.
+        for contents in transmit.contents.chunks(segments_that_fit(segment) * segment) {
+            let segment_size = (contents.len() > segment).then_some(segment);
+            self.inner.try_send(&Transmit { contents, segment_size, ..*transmit })?;
+        }
+        Ok(())
+    }
+
+    fn poll_recv(
+        &self,
+        cx: &mut Context<'_>,
+        buffers: &mut [IoSliceMut<'_>],
+        metas: &mut [RecvMeta],
+    ) -> Poll<io::Result<usize>> {
+        let result = self.inner.poll_recv(cx, buffers, metas);
+        if let Poll::Ready(Ok(received)) = &result {
+            self.filter(buffers, &mut metas[..*received]);
+        }
+        result
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.inner.local_addr()
+    }
+
+    fn max_transmit_segments(&self) -> usize {
+        let fit = segments_that_fit(self.largest_segment.load(Ordering::Relaxed));
+        self.inner.max_transmit_segments().min(fit)
+    }
+
+    fn max_receive_segments(&self) -> usize {
+        self.inner.max_receive_segments()
+    }
+
+    fn may_fragment(&self) -> bool {
+        self.inner.may_fragment()
+    }
+}
+
+impl Gate {
+    /// Judges the datagrams of an unknown address, `stride` bytes each but the last.
+    fn admit(&mut self, remote: SocketAddr, received: &[u8], stride: usize) -> bool {
+        let mut refused = Refused::default();
+        for datagram in received.chunks(stride.max(1)) {
+            match Verdict::of(datagram) {
+                Verdict::Handshake => {
+                    self.known.insert(remote);
+                    return true;
+                }
+                Verdict::Stray => refused.stray += 1,
+                Verdict::NotQuic => refused.not_quic += 1,
+            }
+        }
+        if received.is_empty() {
+            refused.not_quic = 1;
+        }
+        self.count(remote, refused);
+        refused.stray > 0
+    }
+
+    fn count(&mut self, remote: SocketAddr, refused: Refused) {
+        if self.suspects.len() < SUSPECT_LIMIT || self.suspects.contains_key(&remote) {
+            let total = self.suspects.entry(remote).or_default();
+            total.not_quic += refused.not_quic;
+            total.stray += refused.stray;
+        } else {
+            self.further += refused.not_quic + refused.stray;
+        }
+    }
+}
+
+impl Refused {
+    fn log(self, remote: SocketAddr) {
+        let Self { not_quic, stray } = self;
+        if not_quic > 0 {
+            let datagrams = not_quic + stray;
+            tracing::warn!(%remote, datagrams, "refused datagrams that are not QUIC");
+        } else {
+            tracing::debug!(%remote, datagrams = stray, "datagrams of a connection that is not known");
+        }
+    }
+}
+
+impl Known {
+    fn contains(&mut self, addr: SocketAddr) -> bool {
+        if self.last == Some(addr) {
+            return true;
+        }
+        let known = self.young.contains(&addr) || self.old.contains(&addr);
+        if known {
+            self.last = Some(addr);
+        }
+        known
+    }
+
+    fn insert(&mut self, addr: SocketAddr) {
+        if self.young.len() >= KNOWN_LIMIT {
+            self.old = std::mem::take(&mut self.young);
+            self.last = None;
+        }
+        self.young.insert(addr);
+    }
+}
+
+impl Verdict {
+    fn of(datagram: &[u8]) -> Self {
+        const LONG_HEADER: u8 = 0x80;
+        const FIXED_BIT: u8 = 0x40;
+        const LONG_TYPE: u8 = 0x30;
+        const VERSION_1: &[u8] = &[0, 0, 0, 1];
+        match datagram {
+            [first, ..] if first & FIXED_BIT == 0 || datagram.len() < SMALLEST_PACKET => Verdict::NotQuic,
+            [first, ..] if first & LONG_HEADER == 0 => Verdict::Stray,
+            [_, version @ .., _] if !version.starts_with(VERSION_1) => Verdict::NotQuic,
+            [first, ..] if first & LONG_TYPE != 0 => Verdict::Stray,
+            [_, ..] if datagram.len() >= SMALLEST_INITIAL => Verdict::Handshake,
+            _ => Verdict::NotQuic,
+        }
+    }
+}
+
+fn segments_that_fit(segment: usize) -> usize {
+    (MAX_BATCH_BYTES / segment.max(1)).max(1)
+}
+
+/// The same address in the same form, whether or not the socket is dual-stack.
+fn canonical(addr: SocketAddr) -> SocketAddr {
+    SocketAddr::new(addr.ip().to_canonical(), addr.port())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const REMOTE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 4433);
+
+    fn initial(len: usize) -> Vec<u8> {
+        let mut datagram = vec![0xc0, 0, 0, 0, 1];
+        datagram.resize(len, 7);
+        datagram
+    }
+
+    #[test]
+    fn a_datagram_is_judged_by_its_first_bytes_and_its_length() {
+        let with_first = |first: u8| [&[first][..], &initial(1200)[1..]].concat();
+        assert_eq!(Verdict::of(&initial(1200)), Verdict::Handshake);
+        assert_eq!(Verdict::of(&initial(1199)), Verdict::NotQuic, "an unpadded Initial");
+        assert_eq!(Verdict::of(&with_first(0x80)), Verdict::NotQuic, "no fixed bit");
+        assert_eq!(Verdict::of(&with_first(0xe0)), Verdict::Stray, "a later handshake packet");
+        assert_eq!(Verdict::of(&with_first(0x40)), Verdict::Stray, "a short header");
+        assert_eq!(Verdict::of(&with_first(0x40)[..20]), Verdict::NotQuic, "too short for any packet");
+        let mut other_version = initial(1200);
+        other_version[4] = 2;
+        assert_eq!(Verdict::of(&other_version), Verdict::NotQuic);
+        for len in 0..64 {
+            assert_eq!(Verdict::of(&vec![0x16; len]), Verdict::NotQuic, "TLS over UDP");
+            let _ = Verdict::of(&initial(len.max(5))[..len]);
+        }
+    }
+
+    #[test]
+    fn only_a_handshake_makes_an_address_known() {
+        let mut gate = Gate::default();
+        assert!(!gate.admit(REMOTE, b"GET / HTTP/1.1\r\n", 16));
+        assert!(!gate.admit(REMOTE, b"", 0));
+        assert!(!gate.known.contains(REMOTE));
+        assert_eq!(gate.suspects[&REMOTE], Refused { not_quic: 2, stray: 0 });
+        assert!(gate.admit(REMOTE, &[b"garbage".repeat(172), initial(1204)].concat(), 1204));
+        assert!(gate.known.contains(REMOTE));
+    }
+
+    #[test]
+    fn the_known_addresses_and_the_suspects_are_bounded() {
+        let addr =
+            |n: usize| SocketAddr::new([10, 0, (n >> 8) as u8, n as u8].into(), 1000 + (n >> 16) as u16);
+        let mut gate = Gate::default();
+        for n in 0..4 * KNOWN_LIMIT {
+            gate.known.insert(addr(n));
+            gate.count(addr(n), Refused { not_quic: 1, stray: 0 });
+        }
+        assert!(gate.known.contains(addr(4 * KNOWN_LIMIT - 1)));
+        assert!(!gate.known.contains(addr(0)));
+        assert!(gate.known.young.len() + gate.known.old.len() <= 2 * KNOWN_LIMIT);
+        assert_eq!(gate.suspects.len(), SUSPECT_LIMIT);
+        assert_eq!(gate.further as usize, 4 * KNOWN_LIMIT - SUSPECT_LIMIT);
+    }
+
+    /// Records what reaches the kernel.
+    #[derive(Debug, Default)]
+    struct Recorder(Mutex<Vec<(usize, Option<usize>)>>);
+
+    impl AsyncUdpSocket for Recorder {
+        fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+            unreachable!("the test polls no writability")
+        }
+        fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+            let mut sent = self.0.lock().expect("no holder panics");
+            sent.push((transmit.contents.len(), transmit.segment_size));
+            Ok(())
+        }
+        fn poll_recv(
+            &self,
+            _: &mut Context<'_>,
+            _: &mut [IoSliceMut<'_>],
+            _: &mut [RecvMeta],
+        ) -> Poll<io::Result<usize>> {
+            Poll::Pending
+        }
+        fn local_addr(&self) -> io::Result<SocketAddr> {
+            Ok(REMOTE)
+        }
+        fn max_transmit_segments(&self) -> usize {
+            64
+        }
+    }
+
+    #[test]
+    fn a_jumbo_batch_is_split_and_later_ones_are_made_smaller() {
+        let recorder = Arc::new(Recorder::default());
+        let socket = GuardedSocket::new(recorder.clone());
+        let contents = vec![0; 9 * 8972 + 100];
+        let transmit = |contents, segment_size| Transmit {
+            destination: REMOTE,
+            ecn: None,
+            contents,
+            segment_size,
+            src_ip: None,
+        };
+        assert_eq!(socket.max_transmit_segments(), MAX_BATCH_BYTES / SMALLEST_INITIAL);
+        socket.try_send(&transmit(&contents, Some(8972))).expect("sent");
+        assert_eq!(socket.max_transmit_segments(), 7);
+        socket.try_send(&transmit(&contents[..8 * 8972], Some(8972))).expect("sent");
+        socket.try_send(&transmit(&contents[..1200], None)).expect("sent");
+        let sent = recorder.0.lock().expect("no holder panics").clone();
+        let expected = [
+            (7 * 8972, Some(8972)),
+            (2 * 8972 + 100, Some(8972)),
+            (7 * 8972, Some(8972)),
+            (8972, None),
+            (1200, None),
+        ];
+        assert_eq!(sent, expected);
+    }
+}

@@ -1,0 +1,279 @@
+//! What the QUIC tests share: groups of ranks in one process, bounded waits, and a client that follows
+//! the protocol by hand and can therefore break it.
+#![allow(dead_code, reason = "each test binary uses a part of it")]
+
+use std::io::IoSlice;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use paceline_transport::identity::{Identity, JobAuthority};
+use paceline_transport::quic::{Endpoint, IoHandle, IoThread, Member, QuicTransport, Roster};
+use paceline_transport::{Error, Transport, wire};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use serde::Serialize;
+
+/// No test waits longer for anything that should happen.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Well below the idle timeout of 10 s: what happens within it was told, not found out by silence.
+pub const SOON: Duration = Duration::from_secs(4);
+
+pub const DAY: Duration = Duration::from_secs(24 * 3600);
+
+pub fn deadline() -> Instant {
+    Instant::now() + PATIENCE
+}
+
+pub fn loopback() -> SocketAddr {
+    ([127, 0, 0, 1], 0).into()
+}
+
+pub fn authority(job: &str) -> JobAuthority {
+    JobAuthority::new(job).expect("a valid job name")
+}
+
+pub fn identity(authority: &JobAuthority, member: &str) -> Identity {
+    authority.issue(member, DAY).expect("a valid member name")
+}
+
+pub fn bind(io: &IoThread, identity: &Identity) -> Endpoint {
+    Endpoint::bind(&io.handle(), loopback(), identity).expect("a free port on loopback")
+}
+
+/// The ranks of a job in one process, each with its I/O thread and endpoint.
+pub struct Group {
+    pub authority: JobAuthority,
+    pub ios: Vec<IoThread>,
+    pub endpoints: Vec<Endpoint>,
+}
+
+impl Group {
+    /// Binds endpoints for members m0, m1, …
+    pub fn bind(job: &str, world_size: usize) -> Self {
+        let authority = authority(job);
+        let ios: Vec<_> = (0..world_size).map(|_| IoThread::start().expect("a thread")).collect();
+        let member = |rank: usize| identity(&authority, &format!("m{rank}"));
+        let endpoints = ios.iter().enumerate().map(|(rank, io)| bind(io, &member(rank))).collect();
+        Self { authority, ios, endpoints }
+    }
+
+    pub fn roster(&self, rank: usize, epoch: u64) -> Roster {
+        let member = |endpoint: &Endpoint| Member {
+            name: endpoint.identity().member().to_owned(),
+            addr: endpoint.local_addr(),
+        };
+        let members = self.endpoints.iter().map(member).collect();
+        Roster { job: self.authority.job().to_owned(), epoch, rank, members }
+    }
+
+    /// Links everybody up, each rank from a thread of its own.
+    pub fn connect(&self, epoch: u64) -> Vec<QuicTransport> {
+        std::thread::scope(|scope| {
+            let connect = |(rank, endpoint)| {
+                let roster = self.roster(rank, epoch);
+                scope.spawn(move || QuicTransport::connect(endpoint, roster, deadline()))
+            };
+            let ranks: Vec<_> = self.endpoints.iter().enumerate().map(connect).collect();
+            let joined = ranks.into_iter().map(|rank| rank.join().expect("no panic"));
+            joined.map(|transport| transport.expect("all ranks are there")).collect()
+        })
+    }
+}
+
+/// A group of two, linked up.
+pub fn pair(job: &str) -> (Group, QuicTransport, QuicTransport) {
+    let group = Group::bind(job, 2);
+    let mut transports = group.connect(1);
+    let second = transports.pop().expect("two ranks");
+    (group, transports.pop().expect("two ranks"), second)
+}
+
+/// Sends all of `bytes`.
+pub fn send_all(transport: &mut QuicTransport, to: usize, mut bytes: &[u8]) -> Result<(), Error> {
+    let until = deadline();
+    while !bytes.is_empty() {
+        match transport.try_send(to, &[IoSlice::new(bytes)])? {
+            0 => transport.wait(until),
+            sent => bytes = &bytes[sent..],
+        }
+        assert!(Instant::now() < until, "{} bytes are not sent", bytes.len());
+    }
+    Ok(())
+}
+
+/// Receives until `into` is full.
+pub fn recv_exact(transport: &mut QuicTransport, from: usize, into: &mut [u8]) -> Result<(), Error> {
+    let (until, mut filled) = (deadline(), 0);
+    while filled < into.len() {
+        match transport.try_recv(from, &mut into[filled..])? {
+            0 => transport.wait(until),
+            got => filled += got,
+        }
+        assert!(Instant::now() < until, "only {filled} bytes came");
+    }
+    Ok(())
+}
+
+pub fn recv_control(transport: &mut QuicTransport, from: usize) -> Result<Vec<u8>, Error> {
+    until(transport, |transport| transport.try_recv_control(from).transpose())
+}
+
+/// Reads what comes, drops it, and returns the error with which data ends, and how much came.
+pub fn drain(transport: &mut QuicTransport, from: usize) -> (Error, usize) {
+    let (mut buffer, mut total) = (vec![0; 64 * 1024], 0);
+    let end = until(transport, |transport| match transport.try_recv(from, &mut buffer) {
+        Ok(0) => None,
+        Ok(got) => {
+            total += got;
+            Some(Ok(None))
+        }
+        Err(error) => Some(Ok(Some(error))),
+    });
+    match end {
+        Ok(Some(error)) => (error, total),
+        _ => {
+            let (error, more) = drain(transport, from);
+            (error, total + more)
+        }
+    }
+}
+
+/// Polls until there is an answer.
+pub fn until<T>(
+    transport: &mut QuicTransport,
+    mut poll: impl FnMut(&mut QuicTransport) -> Option<Result<T, Error>>,
+) -> Result<T, Error> {
+    let until = deadline();
+    loop {
+        if let Some(answer) = poll(transport) {
+            return answer;
+        }
+        assert!(Instant::now() < until, "no answer");
+        transport.wait(until);
+    }
+}
+
+pub fn assert_lost(error: &Error, peer: usize, reason: &str) {
+    match error {
+        Error::Lost { peer: lost, reason: found } if *lost == peer => {
+            assert!(found.contains(reason), "{found:?} does not say {reason:?}");
+        }
+        other => panic!("expected the loss of rank {peer} ({reason}), got {other:?}"),
+    }
+}
+
+/// Bytes that are different at each place and for each `seed`.
+pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
+    let word = |at: u64| (at ^ seed << 32).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29).to_le_bytes();
+    (0..len.div_ceil(8) as u64).flat_map(word).take(len).collect()
+}
+
+/// How a hand-made client presents itself.
+pub struct Disguise<'a> {
+    /// Whose certificate it shows, if any.
+    pub shows: Option<&'a Identity>,
+    /// Whose authority it trusts.
+    pub trusts: &'a Identity,
+    pub alpn: &'a [u8],
+}
+
+/// The settings of a quinn client that is not ours.
+pub fn raw_config(disguise: &Disguise<'_>) -> quinn::ClientConfig {
+    let certificates = |identity: &Identity| -> Vec<CertificateDer<'static>> {
+        let pem = identity.to_pem();
+        CertificateDer::pem_slice_iter(pem.as_bytes()).collect::<Result<_, _>>().expect("our own PEM")
+    };
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(certificates(disguise.trusts).remove(1)).expect("an authority");
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let builder = rustls::ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .expect("TLS 1.3")
+        .with_root_certificates(roots);
+    let mut tls = match disguise.shows {
+        None => builder.with_no_client_auth(),
+        Some(identity) => {
+            let key = PrivateKeyDer::from_pem_slice(identity.to_pem().as_bytes()).expect("our own PEM");
+            let leaf = vec![certificates(identity).remove(0)];
+            builder.with_client_auth_cert(leaf, key).expect("a matching key")
+        }
+    };
+    tls.alpn_protocols = vec![disguise.alpn.to_vec()];
+    let crypto = quinn::crypto::rustls::QuicClientConfig::try_from(tls).expect("a QUIC suite");
+    quinn::ClientConfig::new(Arc::new(crypto))
+}
+
+/// A quinn endpoint that only dials, on the I/O thread `io`.
+pub fn raw_endpoint(io: &IoHandle) -> quinn::Endpoint {
+    io.block_on(async { quinn::Endpoint::client(loopback()).expect("a free port") }).expect("io is running")
+}
+
+/// A stream of `kind` with nothing but the byte that says so.
+pub async fn raw_lane(connection: &quinn::Connection, kind: u8) -> (quinn::SendStream, quinn::RecvStream) {
+    let (mut send, recv) = connection.open_bi().await.expect("the connection is open");
+    send.write_all(&[kind]).await.expect("the connection is open");
+    (send, recv)
+}
+
+/// A message as it is on a lane.
+pub fn framed<T: Serialize>(message: &T) -> Vec<u8> {
+    let body = wire::encode(message).expect("a short message");
+    [&u32::try_from(body.len()).expect("short").to_le_bytes()[..], &body].concat()
+}
+
+/// Everything the process logs, as lines. Installed once for the test binary, since the I/O threads
+/// are not the tests' own; tests look for lines that name their own addresses.
+pub fn log() -> &'static Log {
+    static LOG: OnceLock<Log> = OnceLock::new();
+    LOG.get_or_init(|| {
+        let log = Log::default();
+        let writer = log.clone();
+        tracing_subscriber::fmt()
+            .with_max_level(tracing::Level::INFO)
+            .with_ansi(false)
+            .with_writer(move || writer.clone())
+            .init();
+        log
+    })
+}
+
+#[derive(Clone, Default)]
+pub struct Log(Arc<(Mutex<Vec<u8>>, std::sync::Condvar)>);
+
+impl Log {
+    /// Waits for lines with all of `words`, and returns the first.
+    pub fn line_with(&self, words: &[&str]) -> String {
+        let (text, changed) = &*self.0;
+        let until = deadline();
+        let mut guard = text.lock().expect("no writer panics");
+        loop {
+            let all = String::from_utf8_lossy(&guard);
+            let found = all.lines().find(|line| words.iter().all(|word| line.contains(word)));
+            if let Some(line) = found {
+                return line.to_owned();
+            }
+            assert!(Instant::now() < until, "no line with {words:?} in:\n{all}");
+            guard = changed.wait_timeout(guard, Duration::from_secs(1)).expect("no writer panics").0;
+        }
+    }
+
+    pub fn lines_with(&self, words: &[&str]) -> usize {
+        let guard = self.0.0.lock().expect("no writer panics");
+        let all = String::from_utf8_lossy(&guard);
+        all.lines().filter(|line| words.iter().all(|word| line.contains(word))).count()
+    }
+}
+
+impl std::io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.0.lock().expect("no writer panics").extend_from_slice(bytes);
+        self.0.1.notify_all();
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}

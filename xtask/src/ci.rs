@@ -1,0 +1,66 @@
+//! `cargo xtask ci`: what must hold before a change lands. Stops at the first step that fails.
+
+use crate::process::{self, cargo};
+use crate::step::{Budget, Report};
+use crate::{checks, demo, suites, torch};
+use anyhow::Result;
+use std::time::Duration;
+
+/// Runs everything.
+///
+/// # Errors
+/// The first step that failed.
+pub fn run() -> Result<()> {
+    let mut report = Report::new("ci");
+    let outcome = steps(&mut report);
+    let total = report.close(outcome)?;
+    println!("\nAll of CI has passed.\n{total}");
+    Ok(())
+}
+
+fn steps(report: &mut Report) -> Result<suites::Total> {
+    report.step("format", Budget::minutes(0.5), |limit| {
+        process::run(cargo(&["fmt", "--all", "--check"]), limit)
+    })?;
+    report.step("source checks", Budget::minutes(0.5), |_| checks::run())?;
+    report.step("clippy", Budget::minutes(6.0), clippy)?;
+    report.step("documentation", Budget::minutes(5.0), documentation)?;
+    let total = suites::steps(report)?;
+    demo::steps(&demo::Options::default(), report)?;
+    report.step("tests with libtorch", Budget::minutes(3.0), tests_with_libtorch)?;
+    report.step("tests that need root", Budget::minutes(1.0), |_| {
+        println!("0 suites: none of the present tests needs root");
+        Ok(())
+    })?;
+    Ok(total)
+}
+
+fn clippy(limit: Duration) -> Result<()> {
+    let clippy = ["clippy", "--locked", "--all-targets"];
+    let deny = ["--", "--deny", "warnings"];
+    process::run(cargo(&[clippy.as_slice(), &["--workspace"], &deny].concat()), limit)?;
+    for package in ["paceline-runtime", "paceline-examples"] {
+        let with_tch = ["--package", package, "--features", "tch-doc-only"];
+        process::run(cargo(&[clippy.as_slice(), &with_tch, &deny].concat()), limit)?;
+    }
+    Ok(())
+}
+
+/// The tests of what the demo runs through; type-checking cannot say whether libtorch does what we think.
+fn tests_with_libtorch(limit: Duration) -> Result<()> {
+    let mut command =
+        cargo(&["test", "--release", "--locked", "--package", "paceline-runtime", "--features", "tch"]);
+    command.args(["--lib", "tch::", "--target-dir"]).arg(demo::target()).envs(torch::ensure()?.environment());
+    process::run(command, limit)
+}
+
+/// The public documentation, as a user would read it: private items are for readers of the source.
+fn documentation(limit: Duration) -> Result<()> {
+    let with_tch = ["--package", "paceline-runtime", "--features", "tch-doc-only"];
+    for what in [["--workspace"].as_slice(), &with_tch] {
+        let mut command = cargo(&[["doc", "--locked", "--no-deps"].as_slice(), what].concat());
+        command.env("RUSTDOCFLAGS", "--deny warnings");
+        process::run(command, limit)?;
+    }
+    Ok(())
+}

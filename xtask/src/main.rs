@@ -1,0 +1,61 @@
+//! `cargo xtask`: everything a fresh machine needs in order to show, test and check Paceline.
+//!
+//! Needed beforehand: Rust, Python 3.10 or later and gcc. What else is missing is installed when we are root, and named
+//! in one line when we are not. Nothing here is linked into the product.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command line tool talks to its terminal")]
+
+mod checks;
+mod ci;
+mod demo;
+mod mutant;
+mod process;
+mod step;
+mod suites;
+mod system;
+mod torch;
+mod workspace;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Set-up, tests and checks of Paceline", max_term_width = 100)]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Train a digit classifier on several ranks of this machine and say how well it did
+    Demo(demo::Options),
+    /// Every test that needs no root, no GPU and no cluster
+    Test,
+    /// What continuous integration runs: style, documentation, every test, the demo
+    Ci,
+    /// The checks of the source tree alone: unsafe code, links, configuration variables
+    Check,
+    /// Print the environment that a build with the feature `tch` needs, in the shell's words
+    TorchEnv,
+}
+
+fn main() -> ExitCode {
+    if let Some(mutant) = mutant::requested_by_cargo() {
+        return mutant::act_as_rustc_wrapper(mutant);
+    }
+    let arguments = Arguments::parse();
+    let outcome = match arguments.task {
+        Task::Demo(options) => demo::run(&options),
+        Task::Test => suites::run(),
+        Task::Ci => ci::run(),
+        Task::Check => checks::run(),
+        Task::TorchEnv => torch::print_environment(),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! Tests of the tests: builds in which one thing is broken on purpose, and the test that must notice.
+//!
+//! Broken places are marked `#[cfg(paceline_mutant = "…")]` in the sources. Only our own packages are compiled with that:
+//! cargo calls its RUSTC_WORKSPACE_WRAPPER for them and not for their dependencies, which are therefore compiled once.
+//! The wrapper is this program under another name; the name says which mutant is wanted, and cargo tells builds with
+//! differently named wrappers apart.
+
+use crate::process::{self, Watch, cargo};
+use crate::step::Budget;
+use crate::workspace;
+use anyhow::{Context, Result, bail};
+use std::env;
+use std::fs;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::Duration;
+
+/// A build that is broken on purpose.
+pub struct Mutant {
+    /// The value of the cfg `paceline_mutant`.
+    pub name: &'static str,
+    /// The package and the test target that must fail.
+    package: &'static str,
+    test: &'static str,
+    /// The failure must say one of these; anything else failed for another reason.
+    complaints: &'static [&'static str],
+}
+
+/// All mutants. A new one needs its value in `check-cfg` of the workspace's Cargo.toml too.
+pub const MUTANTS: &[Mutant] = &[Mutant {
+    name: "skip_all_reduce",
+    package: "paceline",
+    test: "data_parallel",
+    complaints: &["ranks disagree", "differs from the single-rank run"],
+}];
+
+/// The wrapper's file name before the mutant's name.
+const WRAPPER_PREFIX: &str = "rustc-with-mutant-";
+
+impl Mutant {
+    /// From nothing compiled.
+    pub fn budget(&self) -> Budget {
+        Budget::minutes(6.0)
+    }
+
+    /// Builds the mutant and requires that its test fails for the right reason.
+    ///
+    /// # Errors
+    /// The mutant does not compile, its test passes, or the test fails without the expected complaint.
+    pub fn must_be_noticed(&self, limit: Duration) -> Result<()> {
+        let folder = workspace::target().join("mutant");
+        let wrapper = self.wrapper(&folder)?;
+        let command = |more: &[&str]| {
+            let mut command = cargo(&["test", "--locked", "--package", self.package, "--test", self.test]);
+            command.args(more).arg("--target-dir").arg(&folder).env("RUSTC_WORKSPACE_WRAPPER", &wrapper);
+            command
+        };
+        process::run(command(&["--no-run"]), limit).context("the mutant does not compile")?;
+        // Its failures are what we want; among the other tests' output they would be taken for failures of ours.
+        let mut output = Vec::new();
+        let status =
+            process::listen(command(&[]), Watch::Both, limit, &mut |line| output.push(line.to_owned()))?;
+        let complained =
+            output.iter().any(|line| self.complaints.iter().any(|complaint| line.contains(complaint)));
+        let Self { name, test, .. } = self;
+        if !status.success() && complained {
+            println!("As it must, the test {test} fails with {name}");
+            return Ok(());
+        }
+        println!("{}", output.join("\n"));
+        match status.success() {
+            true => bail!("the test {test} passes with {name}: it does not test what it says"),
+            false => bail!("the test {test} fails with {name}, but says none of {:?}", self.complaints),
+        }
+    }
+
+    /// Makes this program callable under the wrapper's name.
+    fn wrapper(&self, folder: &Path) -> Result<PathBuf> {
+        fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        let wrapper = folder.join(format!("{WRAPPER_PREFIX}{}", self.name));
+        let _ = fs::remove_file(&wrapper);
+        let ourselves = env::current_exe().context("cannot find xtask's own program file")?;
+        // A copy: a link would break when an ordinary build replaces xtask while the mutant is compiled.
+        fs::copy(ourselves, &wrapper).context("cannot copy xtask")?;
+        Ok(wrapper)
+    }
+}
+
+/// The mutant for which cargo has called us as its wrapper, from our own name.
+pub fn requested_by_cargo() -> Option<String> {
+    let ourselves = env::args_os().next()?;
+    mutant_in_name(Path::new(&ourselves))
+}
+
+fn mutant_in_name(program: &Path) -> Option<String> {
+    program.file_name()?.to_str()?.strip_prefix(WRAPPER_PREFIX).map(str::to_owned)
+}
+
+/// Becomes the compiler: our arguments are its path and its arguments.
+pub fn act_as_rustc_wrapper(mutant: String) -> ExitCode {
+    let mut arguments = env::args_os().skip(1);
+    let Some(compiler) = arguments.next() else {
+        eprintln!("xtask: cargo named no compiler");
+        return ExitCode::FAILURE;
+    };
+    let mut command = Command::new(compiler);
+    command.args(arguments).arg("--cfg").arg(format!("paceline_mutant=\"{mutant}\""));
+    let error = command.exec();
+    eprintln!("xtask: cannot start the compiler: {error}");
+    ExitCode::FAILURE
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_wrappers_name_says_which_mutant_is_wanted() {
+        let wrapper = "/target/mutant/rustc-with-mutant-skip_all_reduce";
+        assert_eq!(mutant_in_name(Path::new(wrapper)).as_deref(), Some("skip_all_reduce"));
+        assert_eq!(mutant_in_name(Path::new("/target/debug/xtask")), None);
+    }
+}

@@ -1,0 +1,212 @@
+//! `cargo xtask test`: every test that needs no root, no GPU and no cluster.
+
+use crate::mutant::MUTANTS;
+use crate::process::{self, Watch, cargo};
+use crate::step::{Budget, Report};
+use anyhow::{Result, bail};
+use std::fmt;
+use std::time::{Duration, Instant};
+
+/// One suite is one test program (a package's unit tests, or one file below tests/), without its compilation.
+const SUITE_MINUTES: f64 = 2.0;
+
+/// All of them together: the promise in CONTRIBUTING.md.
+const ALL_SUITES_MINUTES: f64 = 10.0;
+
+/// Runs the tests.
+///
+/// # Errors
+/// A test fails, or a mutant is not noticed.
+pub fn run() -> Result<()> {
+    let mut report = Report::new("test");
+    let outcome = steps(&mut report);
+    let total = report.close(outcome)?;
+    println!("\n{total}");
+    Ok(())
+}
+
+/// The tests' steps, for a report of their own or as part of a longer one.
+///
+/// # Errors
+/// See [`run`].
+pub fn steps(report: &mut Report) -> Result<Total> {
+    report.step("test: compile", Budget::minutes(8.0), |limit| {
+        process::run(cargo(&["test", "--workspace", "--locked", "--no-run"]), limit)
+    })?;
+    let mut suites = Suites::default();
+    let all = report.step("test: all suites", Budget::minutes(ALL_SUITES_MINUTES), |limit| {
+        // One run tells about every failure, not only about the first.
+        let command = cargo(&["test", "--workspace", "--locked", "--no-fail-fast"]);
+        let status =
+            process::observe(command, Watch::Both, limit, &mut |line| suites.read(line, Instant::now()))?;
+        suites.close(Instant::now());
+        process::must_succeed(status, "cargo test")?;
+        suites.must_have_run()
+    });
+    for suite in &suites.finished {
+        let name = format!("  {} ({})", suite.name, suite.counts);
+        report.note(&name, suite.took, Budget::minutes(SUITE_MINUTES), suite.counts.failed == 0);
+    }
+    all?;
+    for mutant in MUTANTS {
+        let name = format!("mutant: {}", mutant.name);
+        report.step(&name, mutant.budget(), |limit| mutant.must_be_noticed(limit))?;
+    }
+    report.step("type-check with tch", Budget::minutes(3.0), |limit| {
+        process::run(
+            cargo(&["check", "--locked", "--package", "paceline-runtime", "--features", "tch-doc-only"]),
+            limit,
+        )?;
+        let examples = ["--package", "paceline-examples", "--all-targets", "--features", "tch-doc-only"];
+        process::run(cargo(&[["check", "--locked"].as_slice(), &examples].concat()), limit)
+    })?;
+    Ok(Total(suites.counts()))
+}
+
+/// The tests of all suites. Shown as a line of its own that readers of CI logs know.
+pub struct Total(Counts);
+
+impl fmt::Display for Total {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "tests: {}", self.0)
+    }
+}
+
+/// How many tests ended how.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Counts {
+    passed: u64,
+    failed: u64,
+    skipped: u64,
+}
+
+impl Counts {
+    fn all(self) -> u64 {
+        self.passed + self.failed + self.skipped
+    }
+}
+
+impl fmt::Display for Counts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { passed, failed, skipped } = self;
+        write!(f, "{passed} passed, {failed} failed")?;
+        if *skipped > 0 { write!(f, ", {skipped} skipped") } else { Ok(()) }
+    }
+}
+
+/// What cargo's output says about each suite.
+#[derive(Default)]
+struct Suites {
+    running: Option<(String, Instant)>,
+    finished: Vec<Suite>,
+}
+
+struct Suite {
+    name: String,
+    took: Duration,
+    counts: Counts,
+}
+
+impl Suites {
+    /// Takes one line that was written at `now`. Suites without a test are left out.
+    fn read(&mut self, line: &str, now: Instant) {
+        if let Some(name) = suite_name(line) {
+            self.close(now);
+            self.running = Some((name, now));
+        } else if let Some(counts) = test_result(line) {
+            let Some((name, start)) = self.running.take().filter(|_| counts.all() > 0) else { return };
+            self.finished.push(Suite { name, took: now - start, counts });
+        }
+    }
+
+    /// Ends the suite that gave no result: it has crashed, or it has a harness of its own. Cargo's exit code says which.
+    fn close(&mut self, now: Instant) {
+        if let Some((name, start)) = self.running.take() {
+            self.finished.push(Suite { name, took: now - start, counts: Counts::default() });
+        }
+    }
+
+    fn counts(&self) -> Counts {
+        let sum = |count: fn(&Counts) -> u64| self.finished.iter().map(|suite| count(&suite.counts)).sum();
+        Counts { passed: sum(|c| c.passed), failed: sum(|c| c.failed), skipped: sum(|c| c.skipped) }
+    }
+
+    fn must_have_run(&self) -> Result<()> {
+        if self.counts().passed == 0 {
+            bail!("no test ran");
+        }
+        Ok(())
+    }
+}
+
+/// Reads `Running unittests src/lib.rs (target/debug/deps/paceline_transport-0a1b)` and `Doc-tests paceline_transport`.
+fn suite_name(line: &str) -> Option<String> {
+    let line = line.trim_start();
+    if let Some(package) = line.strip_prefix("Doc-tests ") {
+        return Some(format!("{package}: documentation"));
+    }
+    let (source, program) = line.strip_prefix("Running ")?.split_once(" (")?;
+    let file = program.trim_end_matches(')').rsplit('/').next()?;
+    let (crate_name, _) = file.rsplit_once('-')?;
+    let source = source.trim_start_matches("unittests ");
+    Some(if source.starts_with("tests/") { source.to_owned() } else { format!("{crate_name}: {source}") })
+}
+
+/// Reads `test result: ok. 5 passed; 0 failed; 1 ignored; …`.
+fn test_result(line: &str) -> Option<Counts> {
+    let (_, counts) = line.strip_prefix("test result: ")?.split_once(". ")?;
+    let mut counts = counts.split("; ").map(|count| count.split_once(' '));
+    let mut number_of = |what| {
+        let (number, name) = counts.next()??;
+        number.parse().ok().filter(|_| name == what)
+    };
+    Some(Counts {
+        passed: number_of("passed")?,
+        failed: number_of("failed")?,
+        skipped: number_of("ignored")?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cargos_lines_become_suites_with_times() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut suites = Suites::default();
+        suites.read("     Running unittests src/lib.rs (target/debug/deps/paceline_transport-0a1b)", at(0));
+        suites.read("test frames::a_test ... ok", at(1));
+        suites.read(
+            "test result: ok. 5 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 2s",
+            at(2),
+        );
+        suites.read("     Running unittests src/main.rs (target/debug/deps/paceline-77)", at(2));
+        suites.read(
+            "test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0s",
+            at(3),
+        );
+        suites.read("     Running tests/run.rs (target/debug/deps/run-99)", at(3));
+        suites.read("     Running tests/data_parallel.rs (target/debug/deps/data_parallel-12)", at(5));
+        suites.read("test result: FAILED. 1 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out", at(9));
+        suites.read("   Doc-tests paceline_runtime", at(9));
+        suites.read("test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out", at(10));
+        suites.close(at(10));
+        let told = |suite: &Suite| format!("{}: {} in {} s", suite.name, suite.counts, suite.took.as_secs());
+        let told: Vec<_> = suites.finished.iter().map(told).collect();
+        let expected = [
+            "paceline_transport: src/lib.rs: 5 passed, 0 failed, 1 skipped in 2 s",
+            "tests/run.rs: 0 passed, 0 failed in 2 s",
+            "tests/data_parallel.rs: 1 passed, 2 failed in 4 s",
+            "paceline_runtime: documentation: 3 passed, 0 failed in 1 s",
+        ];
+        assert_eq!(Total(suites.counts()).to_string(), "tests: 9 passed, 2 failed, 1 skipped");
+        assert_eq!(told, expected);
+    }
+
+    #[test]
+    fn a_run_without_a_test_is_an_error() {
+        assert!(Suites::default().must_have_run().is_err());
+    }
+}
