@@ -25,9 +25,9 @@ struct Options {
     /// How often each image is seen
     #[arg(long, default_value_t = 12)]
     epochs: usize,
-    /// Images per step, over all ranks together
-    #[arg(long, default_value_t = 64)]
-    batch: usize,
+    /// Images per step, over all ranks together; by default 64, or what comes next below and divides among the ranks
+    #[arg(long)]
+    batch: Option<usize>,
     /// Adam's learning rate
     #[arg(long, default_value_t = 2e-3)]
     lr: f64,
@@ -48,7 +48,8 @@ fn main() -> Result<()> {
 fn train(world: &mut World, options: &Options) -> Result<()> {
     let (rank, world_size) = (world.rank(), world.world_size());
     let (training, held_out) = digits::load()?;
-    let mut sampler = Sampler::new(training.len(), options.batch, options.seed)?;
+    let batch = options.batch.unwrap_or(world_size * (64 / world_size).max(1));
+    let mut sampler = Sampler::new(training.len(), batch, options.seed)?;
 
     tch::manual_seed(options.seed as i64);
     let store = nn::VarStore::new(Device::Cpu);

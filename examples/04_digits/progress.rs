@@ -16,7 +16,7 @@ pub fn bar(steps: u64, what: String) -> ProgressBar {
         // Draws nothing if standard error is no terminal.
         false => ProgressDrawTarget::stderr(),
     };
-    let style = ProgressStyle::with_template("{msg} {bar:30} {pos}/{len} steps, {per_sec}")
+    let style = ProgressStyle::with_template("{msg} {bar:30} {pos}/{len} steps")
         .expect("the template is right");
     ProgressBar::with_draw_target(Some(steps), target).with_style(style).with_message(what)
 }
@@ -36,7 +36,7 @@ impl LauncherTerminal {
 }
 
 impl TermLike for LauncherTerminal {
-    /// Narrower than any terminal less the launcher's prefix; the bar needs 60 columns.
+    /// Narrower than any terminal less the launcher's prefix; the bar needs 64 columns.
     fn width(&self) -> u16 {
         70
     }

@@ -31,6 +31,8 @@ enum Task {
     Demo(demo::Options),
     /// Every test that needs no root, no GPU and no cluster
     Test,
+    /// The tests of the tests alone: builds that are broken on purpose must fail
+    Mutants,
     /// What continuous integration runs: style, documentation, every test, the demo
     Ci,
     /// The checks of the source tree alone: unsafe code, links, configuration variables
@@ -47,6 +49,7 @@ fn main() -> ExitCode {
     let outcome = match arguments.task {
         Task::Demo(options) => demo::run(&options),
         Task::Test => suites::run(),
+        Task::Mutants => mutant::run(),
         Task::Ci => ci::run(),
         Task::Check => checks::run(),
         Task::TorchEnv => torch::print_environment(),

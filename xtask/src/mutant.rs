@@ -6,7 +6,7 @@
 //! differently named wrappers apart.
 
 use crate::process::{self, Watch, cargo};
-use crate::step::Budget;
+use crate::step::{Budget, Report};
 use crate::workspace;
 use anyhow::{Context, Result, bail};
 use std::env;
@@ -17,9 +17,9 @@ use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 /// A build that is broken on purpose.
-pub struct Mutant {
+struct Mutant {
     /// The value of the cfg `paceline_mutant`.
-    pub name: &'static str,
+    name: &'static str,
     /// The package and the test target that must fail.
     package: &'static str,
     test: &'static str,
@@ -28,27 +28,46 @@ pub struct Mutant {
 }
 
 /// All mutants. A new one needs its value in `check-cfg` of the workspace's Cargo.toml too.
-pub const MUTANTS: &[Mutant] = &[Mutant {
+const MUTANTS: &[Mutant] = &[Mutant {
     name: "skip_all_reduce",
     package: "paceline",
     test: "data_parallel",
     complaints: &["ranks disagree", "differs from the single-rank run"],
 }];
 
+/// From nothing compiled.
+const MINUTES: f64 = 6.0;
+
 /// The wrapper's file name before the mutant's name.
 const WRAPPER_PREFIX: &str = "rustc-with-mutant-";
 
-impl Mutant {
-    /// From nothing compiled.
-    pub fn budget(&self) -> Budget {
-        Budget::minutes(6.0)
-    }
+/// Runs the mutants alone.
+///
+/// # Errors
+/// See [`steps`].
+pub fn run() -> Result<()> {
+    let mut report = Report::new("mutants");
+    let outcome = steps(&mut report);
+    report.close(outcome)
+}
 
+/// The mutants' steps, for a report of their own or as part of a longer one.
+///
+/// # Errors
+/// A mutant does not compile, its test passes, or the test fails without the expected complaint.
+pub fn steps(report: &mut Report) -> Result<()> {
+    MUTANTS.iter().try_for_each(|mutant| {
+        let name = format!("mutant: {}", mutant.name);
+        report.step(&name, Budget::minutes(MINUTES), |limit| mutant.must_be_noticed(limit))
+    })
+}
+
+impl Mutant {
     /// Builds the mutant and requires that its test fails for the right reason.
     ///
     /// # Errors
     /// The mutant does not compile, its test passes, or the test fails without the expected complaint.
-    pub fn must_be_noticed(&self, limit: Duration) -> Result<()> {
+    fn must_be_noticed(&self, limit: Duration) -> Result<()> {
         let folder = workspace::target().join("mutant");
         let wrapper = self.wrapper(&folder)?;
         let command = |more: &[&str]| {

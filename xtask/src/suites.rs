@@ -1,6 +1,6 @@
 //! `cargo xtask test`: every test that needs no root, no GPU and no cluster.
 
-use crate::mutant::MUTANTS;
+use crate::mutant;
 use crate::process::{self, Watch, cargo};
 use crate::step::{Budget, Report};
 use anyhow::{Result, bail};
@@ -48,10 +48,7 @@ pub fn steps(report: &mut Report) -> Result<Total> {
         report.note(&name, suite.took, Budget::minutes(SUITE_MINUTES), suite.counts.failed == 0);
     }
     all?;
-    for mutant in MUTANTS {
-        let name = format!("mutant: {}", mutant.name);
-        report.step(&name, mutant.budget(), |limit| mutant.must_be_noticed(limit))?;
-    }
+    mutant::steps(report)?;
     report.step("type-check with tch", Budget::minutes(3.0), |limit| {
         process::run(
             cargo(&["check", "--locked", "--package", "paceline-runtime", "--features", "tch-doc-only"]),

@@ -26,11 +26,18 @@ pub struct World {
     local_rank: usize,
     local_world_size: usize,
     communicator: Communicator,
-    /// `None` in a world of one without a launcher. Dropped last: it carries the communicator's links.
-    job: Option<Job>,
+    /// Dropped last: it carries the communicator's links.
+    membership: Membership,
 }
 
-/// The connection to the launcher.
+/// What keeps this process in the job: the thread that carries its links, and the connection over which
+/// its launcher says who has died. To be kept as long as the communicator.
+#[derive(Debug)]
+pub struct Membership {
+    /// Held for its drop; `None` in a world of one without a launcher.
+    _job: Option<Job>,
+}
+
 #[derive(Debug)]
 struct Job {
     watcher: tokio::task::JoinHandle<()>,
@@ -65,7 +72,7 @@ impl World {
     fn alone(config: Config) -> Result<Self, Error> {
         let transport = mem::group(1, 1, mem::DEFAULT_WINDOW_BYTES).remove(0);
         let communicator = Communicator::new(Box::new(transport), config)?;
-        Ok(Self { rank: 0, world_size: 1, local_rank: 0, local_world_size: 1, communicator, job: None })
+        Ok(Self { rank: 0, world_size: 1, local_rank: 0, local_world_size: 1, communicator, membership: Membership { _job: None } })
     }
 
     /// Takes the place that `env` describes; [`join`](Self::join) reads it from the environment.
@@ -95,7 +102,7 @@ impl World {
             local_rank: env.local_rank,
             local_world_size: env.local_world_size,
             communicator,
-            job: Some(Job { watcher, _endpoint: endpoint, _io: io }),
+            membership: Membership { _job: Some(Job { watcher, _endpoint: endpoint, _io: io }) },
         })
     }
 
@@ -131,11 +138,19 @@ impl World {
     /// # Errors
     /// [`Error::Collectives`] naming the ranks that did not confirm in time.
     pub fn leave(self) -> Result<(), Error> {
-        self.communicator.leave()?;
-        if let Some(job) = &self.job {
-            job.watcher.abort();
-        }
-        Ok(())
+        Ok(self.communicator.leave()?)
+    }
+
+    /// Takes the world apart, for a program that moves the communicator to another thread. It ends with
+    /// [`Communicator::leave`], and keeps the membership until then.
+    pub fn into_parts(self) -> (Communicator, Membership) {
+        (self.communicator, self.membership)
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        self.watcher.abort();
     }
 }
 

@@ -295,6 +295,22 @@ fn an_address_in_use_is_named() {
 }
 
 #[test]
+fn a_stopped_io_thread_is_an_error_and_no_panic() {
+    let server = Server::start("stopped");
+    let (handle, addr) = (server.io.handle(), server.addr());
+    let client = bind(&server.io, &identity(&server.authority, "client"));
+    let member = identity(&server.authority, "late");
+    drop(server);
+    let late = Endpoint::bind(&handle, loopback(), &member);
+    assert!(matches!(late, Err(Error::Bind { .. })), "{late:?}");
+    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+    let dialled = runtime.block_on(client.connect(addr, "server"));
+    assert!(matches!(dialled, Err(Error::Usage { .. })), "{dialled:?}");
+    let accepted = runtime.block_on(client.accept());
+    assert!(matches!(accepted, Err(Error::Usage { .. })), "{accepted:?}");
+}
+
+#[test]
 fn nobody_at_the_address_is_an_error_in_time() {
     let server = Server::start("nobody");
     let silent = UdpSocket::bind(loopback()).expect("a free port");

@@ -4,7 +4,8 @@
 //! closing connection reads no acknowledgements that could open the window again: a rank that dies in
 //! the middle of a transfer would be noticed after seconds instead of at once (quinn issue 2785, fixed
 //! by 2787 after 0.11.19). So the window counts as open from the moment we close; all that is sent
-//! then is that frame. Goes when a release has the fix; `a_full_window…` in the tests will tell.
+//! then is that frame. This file goes when a release has the fix; the test
+//! `an_end_with_a_full_congestion_window_is_told_all_the_same` will tell.
 
 use std::any::Any;
 use std::sync::Arc;

@@ -86,37 +86,28 @@ impl Endpoint {
     /// # Errors
     /// [`Error::Bind`] with the operating system's reason, [`Error::Identity`] when TLS cannot use the identity.
     pub fn bind(io: &IoHandle, addr: SocketAddr, identity: &Identity) -> Result<Self, Error> {
-        let no_bind =
-            |error: std::io::Error| Error::Bind { addr, reason: error.to_string(), kind: error.kind() };
         let congestion = CubicUntilClose::new(tls::INITIAL_WINDOW_BYTES);
-        let (client, server) =
-            (tls::client_config(identity, &congestion)?, tls::server_config(identity, &congestion)?);
-        let config = tls::endpoint_config();
-        let std_socket = socket::open(addr).map_err(no_bind)?;
-        let runtime: Arc<dyn quinn::Runtime> = Arc::new(TokioRuntime);
-        let inner = io.inside(|| runtime.wrap_udp_socket(std_socket)).map_err(no_bind)?;
-        let socket = Arc::new(GuardedSocket::new(inner));
-        let quinn = io
-            .inside(|| {
-                quinn::Endpoint::new_with_abstract_socket(config, Some(server), socket.clone(), runtime)
-            })
-            .map_err(no_bind)?;
-        let local_addr = quinn.local_addr().map_err(no_bind)?;
+        let client = tls::client_config(identity, &congestion)?;
+        let server = tls::server_config(identity, &congestion)?;
+        let (quinn, socket, local_addr) = open(io, addr, server).map_err(|error| Error::Bind {
+            addr,
+            reason: error.to_string(),
+            kind: error.kind(),
+        })?;
         let (sender, accepted) = mpsc::channel(ACCEPTED_LIMIT);
         let (alive, released) = mpsc::channel(1);
         io.spawn(close_in_the_end(io.clone(), quinn.clone(), congestion, released));
-        let acceptor = accept_all(quinn.clone(), identity.job().to_owned(), sender);
         let reporter = socket.clone();
         let shared = Shared {
-            quinn,
-            client,
-            identity: identity.clone(),
             local_addr,
             accepted: Mutex::new(accepted),
-            _acceptor: io.task(acceptor),
+            _acceptor: io.task(accept_all(quinn.clone(), identity.job().to_owned(), sender)),
             _reporter: io.task(async move { reporter.report_refused().await }),
             _alive: alive,
+            identity: identity.clone(),
             io: io.clone(),
+            quinn,
+            client,
             socket,
         };
         Ok(Self { shared: Arc::new(shared) })
@@ -189,6 +180,24 @@ impl Endpoint {
             None => Err(gone(addr, "it ended the conversation without a welcome")),
         }
     }
+}
+
+/// Opens the socket and quinn's endpoint on it.
+fn open(
+    io: &IoHandle,
+    addr: SocketAddr,
+    server: quinn::ServerConfig,
+) -> std::io::Result<(quinn::Endpoint, Arc<GuardedSocket>, SocketAddr)> {
+    let socket = socket::open(addr)?;
+    let runtime: Arc<dyn quinn::Runtime> = Arc::new(TokioRuntime);
+    io.inside(|| {
+        let socket = Arc::new(GuardedSocket::new(runtime.wrap_udp_socket(socket)?));
+        let (config, abstract_socket) = (tls::endpoint_config(), socket.clone());
+        let quinn =
+            quinn::Endpoint::new_with_abstract_socket(config, Some(server), abstract_socket, runtime)?;
+        let local_addr = quinn.local_addr()?;
+        Ok((quinn, socket, local_addr))
+    })
 }
 
 /// Closes what is open when the I/O thread stops. Ends before that when the endpoint has been dropped

@@ -13,9 +13,11 @@ use tokio::task::{JoinError, JoinHandle};
 use crate::Error;
 use crate::park::Parker;
 
-/// How many turns of its loop the thread runs after it was told to stop. One turn tells every
-/// connection to close and the next ones send the close frames; the rest is slack for a full socket.
-const CLOSING_TURNS: usize = 16;
+/// How many turns of its loop the thread runs per task after it was told to stop. A turn polls one task
+/// (`event_interval`), and tasks take turns. To close a connection three are polled one after the
+/// other: the one that closes the endpoint, the connection's, the one that waits for its end; the
+/// rest is slack for tasks that were about to do something else.
+const CLOSING_TURNS_PER_TASK: usize = 8;
 
 /// How long dropping an [`IoThread`] waits for those turns, should a task hog the thread.
 const CLOSING_LIMIT: Duration = Duration::from_secs(1);
@@ -161,7 +163,8 @@ impl<T> Drop for Task<T> {
 fn run(runtime: Runtime, mut stop: watch::Receiver<bool>) {
     runtime.block_on(async move {
         let _ = stop.wait_for(|stop| *stop).await;
-        for _ in 0..CLOSING_TURNS {
+        let tasks = Handle::current().metrics().num_alive_tasks();
+        for _ in 0..(tasks + 1) * CLOSING_TURNS_PER_TASK {
             tokio::task::yield_now().await;
         }
     });

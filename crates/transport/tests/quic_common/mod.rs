@@ -82,6 +82,24 @@ impl Group {
     }
 }
 
+/// Keeps a rank's I/O thread from doing anything until it is dropped.
+pub struct Freeze(#[expect(dead_code, reason = "dropping it thaws")] std::sync::mpsc::Sender<()>);
+
+impl Group {
+    /// Freezes a rank: its process is there and answers nothing. Returns when it does.
+    pub fn freeze(&self, rank: usize) -> Freeze {
+        let (thaw, thawed) = std::sync::mpsc::channel();
+        let (now_frozen, frozen) = std::sync::mpsc::channel();
+        self.ios[rank].handle().spawn(async move {
+            now_frozen.send(()).expect("awaited below");
+            // An error is how it ends: nothing is ever sent.
+            let _ = thawed.recv();
+        });
+        frozen.recv().expect("the I/O thread runs");
+        Freeze(thaw)
+    }
+}
+
 /// A group of two, linked up.
 pub fn pair(job: &str) -> (Group, QuicTransport, QuicTransport) {
     let group = Group::bind(job, 2);

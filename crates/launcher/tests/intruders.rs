@@ -1,0 +1,197 @@
+//! Strangers at every port of a running job: refused with a line in the log, and the job goes on.
+
+mod job;
+
+use std::fs;
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::time::Duration;
+
+use job::{Finished, Job, trial};
+use paceline_runtime::World;
+use paceline_runtime::collectives::ReduceOp;
+use paceline_testing::reference::Numbers;
+use paceline_transport::identity::JobAuthority;
+use paceline_transport::quic::{Endpoint, IoThread};
+use quinn::crypto::rustls::QuicClientConfig;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::CryptoProvider;
+use rustls::crypto::aws_lc_rs::default_provider;
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::{DigitallySignedStruct, SignatureScheme};
+
+const RANKS: usize = 2;
+
+fn main() {
+    job::main(rank, || {
+        vec![
+            trial("a_client_without_a_certificate_is_refused_and_the_job_goes_on", || {
+                attack(without_certificate, "the client has no certificate");
+            }),
+            trial("a_client_with_another_jobs_certificate_is_refused_and_the_job_goes_on", || {
+                attack(of_another_job, "not of this job");
+            }),
+            trial("random_bytes_are_refused_and_the_job_goes_on", || attack(random_bytes, "not QUIC")),
+        ]
+    });
+}
+
+/// Runs a job, attacks the rendezvous and every rank's port, and looks at the logs.
+fn attack(attacker: fn(SocketAddr), expected: &str) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let stop = folder.path().join("stop");
+    let mut job = Job::start(RANKS, &[], "loop", &[stop.to_str().expect("the path is text")]);
+    let mut pids: Vec<String> = job
+        .wait_for("looping", RANKS)
+        .iter()
+        .map(|line| line.rsplit(' ').next().expect("the line ends with the pid").to_owned())
+        .collect();
+    pids.push(job.launcher.id().to_string());
+    for pid in &pids {
+        let ports = udp_ports(pid);
+        assert!(!ports.is_empty(), "process {pid} has no UDP socket");
+        ports.into_iter().for_each(|port| attacker(SocketAddr::from(([127, 0, 0, 1], port))));
+    }
+    // One line from the rendezvous and one from each rank.
+    job.wait_for(expected, RANKS + 1);
+    fs::write(&stop, "").expect("the folder can be written");
+    let finished: Finished = job.finish();
+    finished.assert_success();
+    assert_eq!(finished.lines_with("looped well").len(), RANKS, "{}", finished.lines.join("\n"));
+}
+
+/// The UDP ports a process listens on, by the inodes of its sockets.
+fn udp_ports(pid: &str) -> Vec<u16> {
+    let sockets: Vec<String> = fs::read_dir(format!("/proc/{pid}/fd"))
+        .expect("the process runs")
+        .filter_map(|entry| fs::read_link(entry.ok()?.path()).ok())
+        .filter_map(|link| Some(link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned()))
+        .collect();
+    let table = fs::read_to_string("/proc/net/udp").expect("Linux has it");
+    let rows = table.lines().skip(1).map(|line| line.split_whitespace().collect::<Vec<_>>());
+    rows.filter(|columns| sockets.iter().any(|inode| inode == columns[9]))
+        .map(|columns| columns[1].split_once(':').expect("address:port").1)
+        .map(|port| u16::from_str_radix(port, 16).expect("a hexadecimal port"))
+        .collect()
+}
+
+fn of_another_job(addr: SocketAddr) {
+    let io = IoThread::start().expect("a thread can be started");
+    let authority = JobAuthority::new("another-job").expect("the name is right");
+    let identity = authority.issue("worker-0", Duration::from_secs(3600)).expect("the name is right");
+    let here = SocketAddr::from(([127, 0, 0, 1], 0));
+    let endpoint = Endpoint::bind(&io.handle(), here, &identity).expect("loopback has free ports");
+    // Another job's client would refuse the server as well; this one talks to anybody.
+    let mut config = stranger(Some(&identity.to_pem()));
+    config.alpn_protocols = vec![b"paceline/1".to_vec()];
+    dial(config, addr);
+    let client = endpoint.clone();
+    let refused = io.handle().block_on(async move { client.connect(addr, "worker-0").await.is_err() });
+    assert_eq!(refused, Ok(true), "a client of another job must not get a connection");
+}
+
+fn without_certificate(addr: SocketAddr) {
+    let mut config = stranger(None);
+    config.alpn_protocols = vec![b"paceline/1".to_vec()];
+    dial(config, addr);
+}
+
+fn random_bytes(addr: SocketAddr) {
+    let socket = UdpSocket::bind("127.0.0.1:0").expect("loopback has free ports");
+    let mut numbers = Numbers(u64::from(addr.port()));
+    for _ in 0..1000 {
+        let len = (numbers.next() % 1400) as usize + 1;
+        let bytes: Vec<u8> = (0..len).map(|_| numbers.next() as u8).collect();
+        // A full socket buffer drops datagrams, which is all right here.
+        let _ = socket.send_to(&bytes, addr);
+    }
+}
+
+/// A TLS client that believes every server, with the certificate and key of a PEM bundle or with none.
+fn stranger(bundle: Option<&str>) -> rustls::ClientConfig {
+    let builder = rustls::ClientConfig::builder_with_provider(Arc::new(default_provider()))
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .expect("the provider knows TLS 1.3")
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Gullible(default_provider())));
+    let Some(bundle) = bundle else { return builder.with_no_client_auth() };
+    use rustls::pki_types::pem::PemObject;
+    let key = rustls::pki_types::PrivateKeyDer::from_pem_slice(bundle.as_bytes()).expect("a key");
+    let leaf = CertificateDer::from_pem_slice(bundle.as_bytes()).expect("a certificate");
+    builder.with_client_auth_cert(vec![leaf], key).expect("they fit")
+}
+
+/// Dials and waits until the server has closed the connection.
+fn dial(config: rustls::ClientConfig, addr: SocketAddr) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let endpoint = quinn::Endpoint::client(SocketAddr::from(([127, 0, 0, 1], 0))).expect("a socket");
+        let config = QuicClientConfig::try_from(config).expect("TLS 1.3 has the initial cipher suite");
+        let config = quinn::ClientConfig::new(Arc::new(config));
+        let connecting = endpoint.connect_with(config, addr, "somebody.example").expect("the call is right");
+        let refused = async {
+            match connecting.await {
+                // A QUIC client may hold a connection that the server has refused: it hears of it later.
+                Ok(connection) => connection.closed().await,
+                Err(error) => error,
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), refused).await.expect("a stranger is refused");
+    });
+}
+
+#[derive(Debug)]
+struct Gullible(CryptoProvider);
+
+impl ServerCertVerifier for Gullible {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// Reduces until the file appears; rank 0 looks and tells the other.
+fn rank(_: &str, args: &[String]) {
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();
+    let mut world = World::join().expect("all ranks are started");
+    let rank = world.rank();
+    eprintln!("rank {rank} looping as {}", std::process::id());
+    let mut stop = [0.0f32];
+    while stop[0] == 0.0 {
+        let mut buffer = vec![1.0f32; 10_000];
+        world.communicator().all_reduce(&mut buffer, ReduceOp::Sum).expect("the job goes on");
+        assert!(buffer.iter().all(|&sum| sum == RANKS as f32), "a sum is wrong");
+        stop[0] = if rank == 0 && fs::exists(&args[0]).expect("the folder can be read") { 1.0 } else { 0.0 };
+        world.communicator().broadcast(&mut stop, 0).expect("the job goes on");
+    }
+    world.leave().expect("all ranks leave");
+    eprintln!("rank {rank} looped well");
+}
