@@ -38,14 +38,16 @@ fn main() -> anyhow::Result<()> {
 
     let digest = Digest::of([&weights[..], &bias]);
     println!("rank {rank} found weights {weights:.3?} and bias {:.3} (digest {digest})", bias[0]);
-    let worst = weights.iter().zip(TRUE_WEIGHTS).map(|(found, sought)| (found - sought).abs()).fold(0.0, f32::max);
+    let worst =
+        weights.iter().zip(TRUE_WEIGHTS).map(|(found, sought)| (found - sought).abs()).fold(0.0, f32::max);
     assert!(worst < 0.01 && (bias[0] - TRUE_BIAS).abs() < 0.01, "training has not converged");
     Ok(world.leave()?)
 }
 
 /// Features and target of a sample, as a function of its number: there is no file to load.
 fn sample(index: usize) -> ([f32; FEATURES], f32) {
-    let features = std::array::from_fn(|feature| ((index * (7 + 5 * feature) + feature) % 19) as f32 / 9.5 - 1.0);
+    let features =
+        std::array::from_fn(|feature| ((index * (7 + 5 * feature) + feature) % 19) as f32 / 9.5 - 1.0);
     let product: f32 = features.iter().zip(TRUE_WEIGHTS).map(|(feature, weight)| feature * weight).sum();
     (features, product + TRUE_BIAS)
 }

@@ -16,8 +16,8 @@ pub fn bar(steps: u64, what: String) -> ProgressBar {
         // Draws nothing if standard error is no terminal.
         false => ProgressDrawTarget::stderr(),
     };
-    let style = ProgressStyle::with_template("{msg} {bar:30} {pos}/{len} steps")
-        .expect("the template is right");
+    let style =
+        ProgressStyle::with_template("{msg} {bar:30} {pos}/{len} steps").expect("the template is right");
     ProgressBar::with_draw_target(Some(steps), target).with_style(style).with_message(what)
 }
 

@@ -68,7 +68,10 @@ impl<'a> Buffers<'a> {
                 (Some(&input[bytes(input_span, size)]), &mut output[bytes(output_span, size)])
             }
             Self::InPlace(buffer) => {
-                assert_eq!(input_span, output_span, "schedules of in-place operations keep elements in place");
+                assert_eq!(
+                    input_span, output_span,
+                    "schedules of in-place operations keep elements in place"
+                );
                 (None, &mut buffer[bytes(output_span, size)])
             }
         }

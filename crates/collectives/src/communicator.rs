@@ -396,7 +396,10 @@ impl Communicator {
     fn total<T: Element>(&self, operation: &'static str, share: usize) -> Result<usize, Error> {
         share.checked_mul(self.world_size).ok_or_else(|| Error::Usage {
             operation,
-            reason: format!("{share} elements on each of {} ranks are more than memory holds", self.world_size),
+            reason: format!(
+                "{share} elements on each of {} ranks are more than memory holds",
+                self.world_size
+            ),
         })
     }
 

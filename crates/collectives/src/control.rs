@@ -55,11 +55,13 @@ impl Cause {
     /// What to tell the others about an error of `rank`; `None` for errors that concern nobody else.
     pub(crate) fn of(error: &Error, rank: usize) -> Option<Self> {
         match error {
-            Error::PeerLost { rank, reason, .. } => Some(Self::Lost { rank: *rank as u32, reason: cut(reason) }),
-            Error::PeerLeft { rank, .. } => Some(Self::Left { rank: *rank as u32 }),
-            Error::Mismatch { calls, .. } => {
-                Some(Self::Mismatch { calls: calls.map(|call| (call.rank as u32, call.operation.to_prefix(0))) })
+            Error::PeerLost { rank, reason, .. } => {
+                Some(Self::Lost { rank: *rank as u32, reason: cut(reason) })
             }
+            Error::PeerLeft { rank, .. } => Some(Self::Left { rank: *rank as u32 }),
+            Error::Mismatch { calls, .. } => Some(Self::Mismatch {
+                calls: calls.map(|call| (call.rank as u32, call.operation.to_prefix(0))),
+            }),
             Error::TimedOut { waiting_for, elapsed, .. } => Some(Self::TimedOut {
                 waiting_for: waiting_for.iter().take(NAMED_RANKS_LIMIT).map(|&rank| rank as u32).collect(),
                 elapsed_ms: elapsed.as_millis() as u64,
@@ -139,7 +141,10 @@ mod tests {
             let message = Control::Abort(Cause::of(&error, 0).expect("fatal errors have a cause"));
             assert!(message.to_bytes().len() <= paceline_transport::CONTROL_MESSAGE_LIMIT);
         }
-        assert!(Control::waiting_for(&[usize::MAX; 5000]).to_bytes().len() <= paceline_transport::CONTROL_MESSAGE_LIMIT);
+        assert!(
+            Control::waiting_for(&[usize::MAX; 5000]).to_bytes().len()
+                <= paceline_transport::CONTROL_MESSAGE_LIMIT
+        );
     }
 
     proptest! {

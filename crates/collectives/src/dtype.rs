@@ -31,17 +31,8 @@ pub enum DType {
 
 impl DType {
     /// Every dtype, for tests and tables.
-    pub const ALL: [Self; 9] = [
-        Self::F32,
-        Self::F64,
-        Self::F16,
-        Self::BF16,
-        Self::I8,
-        Self::U8,
-        Self::I32,
-        Self::I64,
-        Self::U64,
-    ];
+    pub const ALL: [Self; 9] =
+        [Self::F32, Self::F64, Self::F16, Self::BF16, Self::I8, Self::U8, Self::I32, Self::I64, Self::U64];
 
     /// Size of one element, in bytes.
     pub const fn size(self) -> usize {

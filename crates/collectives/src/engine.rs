@@ -173,11 +173,15 @@ impl Engine {
         self.scratch.make_room(round, &running.operation, self.transport.world_size());
         let mut sends: Vec<Outgoing> =
             round.sends.iter().map(|&transfer| self.outgoing(transfer, running)).collect();
-        let mut receives: Vec<Incoming> =
-            round.receives.iter().map(|&transfer| Incoming { transfer, received: None, done: false }).collect();
+        let mut receives: Vec<Incoming> = round
+            .receives
+            .iter()
+            .map(|&transfer| Incoming { transfer, received: None, done: false })
+            .collect();
         loop {
-            let moved = self.send_some(&mut sends, running).map_err(|error| self.link_error(error, running))?
-                | self.receive_some(&mut receives, running)?;
+            let moved =
+                self.send_some(&mut sends, running).map_err(|error| self.link_error(error, running))?
+                    | self.receive_some(&mut receives, running)?;
             sends.retain(|send| !send.frame.is_done());
             receives.retain(|receive| !receive.done);
             if sends.is_empty() && receives.is_empty() {
@@ -417,10 +421,8 @@ impl Engine {
     fn mismatch(&self, peer: usize, theirs: Operation, running: &Running<'_>) -> Error {
         let same_number = |ours: &&Operation| ours.number == theirs.number && **ours != theirs;
         let ours = self.history.iter().rev().find(same_number).copied().unwrap_or(running.operation);
-        let calls = [
-            Call { rank: self.transport.rank(), operation: ours },
-            Call { rank: peer, operation: theirs },
-        ];
+        let calls =
+            [Call { rank: self.transport.rank(), operation: ours }, Call { rank: peer, operation: theirs }];
         Error::Mismatch { operation: running.operation, calls: Box::new(calls) }
     }
 

@@ -22,7 +22,9 @@ pub enum Error {
         reason: String,
     },
     /// The operation needs a rank that has left in order. Fatal: later operations with it end alike.
-    #[error("{operation} needs rank {rank}, which has left in order: call it before any rank leaves, or form a new group")]
+    #[error(
+        "{operation} needs rank {rank}, which has left in order: call it before any rank leaves, or form a new group"
+    )]
     PeerLeft {
         /// The operation on this rank.
         operation: Operation,

@@ -227,7 +227,12 @@ fn widen<T: Accumulate>(acc: &mut [u64], elements: &[u8]) {
     }
 }
 
-fn combine<T: Accumulate>(left: &mut [u64], right: &[u64], count: usize, op: impl Fn(T::Acc, T::Acc) -> T::Acc) {
+fn combine<T: Accumulate>(
+    left: &mut [u64],
+    right: &[u64],
+    count: usize,
+    op: impl Fn(T::Acc, T::Acc) -> T::Acc,
+) {
     let right: &[T::Acc] = bytemuck::cast_slice(right);
     for (left, &right) in accumulators::<T>(left)[..count].iter_mut().zip(&right[..count]) {
         *left = op(*left, right);
@@ -286,7 +291,9 @@ mod tests {
     fn sums_follow_the_tree_to_the_bit_for_every_world_and_owner() {
         for world_size in 1..=17 {
             // Powers of ten apart, so that another order gives other bits.
-            let value = |rank: usize, i: usize| ((rank * 7 + i * 3) % 11) as f32 * 10f32.powi((rank % 9) as i32 - 4) + 0.1;
+            let value = |rank: usize, i: usize| {
+                ((rank * 7 + i * 3) % 11) as f32 * 10f32.powi((rank % 9) as i32 - 4) + 0.1
+            };
             let inputs: Vec<Vec<f32>> =
                 (0..world_size).map(|rank| (0..BLOCK + 3).map(|i| value(rank, i)).collect()).collect();
             let expected: Vec<f32> = (0..BLOCK + 3)

@@ -167,7 +167,8 @@ mod tests {
         for kind in kinds {
             for dtype in DType::ALL {
                 let segment_len = if matches!(kind, Kind::Message { .. }) { 0 } else { 65_536 };
-                let operation = Operation { number: 7, kind, dtype, count: 1 << 40, segment_len, schedule: 2 };
+                let operation =
+                    Operation { number: 7, kind, dtype, count: 1 << 40, segment_len, schedule: 2 };
                 assert_eq!(Operation::from_prefix(&operation.to_prefix(9)), Some((operation, 9)));
             }
         }
@@ -179,7 +180,8 @@ mod tests {
             segment_len: 3,
             schedule: 1,
         };
-        let bytes = [1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 1, 1, 1, 1];
+        let bytes =
+            [1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 1, 1, 1, 1];
         assert_eq!(golden.to_prefix(4), bytes);
     }
 

@@ -199,7 +199,8 @@ impl Job {
         // Each step leads to another rank, or stops: a circle of blame ends after one round.
         for _ in 0..self.ranks.len() {
             let Some(culprit) = self.failed.and_then(&blamed_by) else { return };
-            let ended = self.ranks.get(culprit as usize).filter(|rank| rank.sent.is_none()).and_then(|rank| rank.end);
+            let ended =
+                self.ranks.get(culprit as usize).filter(|rank| rank.sent.is_none()).and_then(|rank| rank.end);
             if ended.is_none_or(|(ending, _)| ending.is_success()) {
                 return;
             }

@@ -47,7 +47,8 @@ pub trait Rendezvous {
 /// # Errors
 /// [`Error::Endpoint`] if nothing can listen there, [`Error::System`] if the certificates cannot be stored.
 pub fn open(args: &RunArgs) -> Result<Box<dyn Rendezvous>, Error> {
-    let authority = JobAuthority::new(&format!("job-{:016x}", RandomState::new().hash_one(std::process::id())));
+    let authority =
+        JobAuthority::new(&format!("job-{:016x}", RandomState::new().hash_one(std::process::id())));
     let authority = authority.map_err(|e| certificates(&e))?;
     let issue = |member: &str| authority.issue(member, VALIDITY).map_err(|e| certificates(&e));
     let io = IoThread::start().map_err(|e| system("cannot start the I/O thread", &e))?;
@@ -87,7 +88,12 @@ impl Rendezvous for JobRendezvous {
             identity: identity_path(&self.folder, rank),
         };
         let timeout = self.args.timeout.map(env::timeout_var);
-        job_env.to_vars().into_iter().chain(timeout).map(|(name, value)| (name.to_owned(), value.into())).collect()
+        job_env
+            .to_vars()
+            .into_iter()
+            .chain(timeout)
+            .map(|(name, value)| (name.to_owned(), value.into()))
+            .collect()
     }
 
     fn announce_exit(&self, rank: u32) {

@@ -8,7 +8,8 @@ use paceline_testing::{ALL, Behaviour};
 
 fn main() {
     job::main(rank, || {
-        let sizes = |behaviour: &'static Behaviour| behaviour.world_sizes.iter().map(move |&n| (behaviour, n));
+        let sizes =
+            |behaviour: &'static Behaviour| behaviour.world_sizes.iter().map(move |&n| (behaviour, n));
         ALL.iter()
             .flat_map(sizes)
             .map(|(behaviour, ranks)| {

@@ -48,7 +48,8 @@ fn agree(dtype: &str, tolerance: f64) {
     for ranks in [2, 4] {
         let outcomes = train(dtype, ranks);
         for step in 0..STEPS {
-            let dealt: Vec<usize> = outcomes.iter().flat_map(|outcome| outcome.samples[step].clone()).collect();
+            let dealt: Vec<usize> =
+                outcomes.iter().flat_map(|outcome| outcome.samples[step].clone()).collect();
             let distinct: BTreeSet<usize> = dealt.iter().copied().collect();
             assert_eq!(distinct.len(), dealt.len(), "step {step}: a sample was dealt twice");
             assert_eq!(dealt.len(), GLOBAL_BATCH, "step {step}: the batch is not complete");
@@ -57,7 +58,10 @@ fn agree(dtype: &str, tolerance: f64) {
         for (rank, outcome) in outcomes.iter().enumerate() {
             assert_eq!(outcome.digest, outcomes[0].digest, "ranks disagree: 0 and {rank} of {ranks}");
             let worst = distance(&outcome.parameters, &alone.parameters);
-            assert!(worst <= tolerance, "rank {rank} of {ranks} differs from the single-rank run by {worst:e}");
+            assert!(
+                worst <= tolerance,
+                "rank {rank} of {ranks} differs from the single-rank run by {worst:e}"
+            );
         }
     }
 }

@@ -60,7 +60,10 @@ fn panicked() {
     let finished = Job::start(4, &[], "panic", &[]).finish();
     assert_eq!(finished.status.code(), Some(101), "{}", finished.lines.join("\n"));
     assert!(finished.report().starts_with("rank 1 "), "{}", finished.lines.join("\n"));
-    assert!(finished.lines.iter().any(|line| line.contains("    the answer is wrong")), "the last lines of stderr");
+    assert!(
+        finished.lines.iter().any(|line| line.contains("    the answer is wrong")),
+        "the last lines of stderr"
+    );
     let errors = finished.lines_with("failed at ");
     assert_eq!(errors.len(), 3, "{}", finished.lines.join("\n"));
     assert!(errors.iter().all(|line| line.contains("lost rank 1 in barrier")), "{errors:?}");
@@ -78,7 +81,9 @@ fn mismatched() {
     let calls: Vec<u128> = finished
         .lines_with("calling at ")
         .iter()
-        .map(|line| line.rsplit(' ').next().and_then(|at| at.parse().ok()).expect("the line ends with the time"))
+        .map(|line| {
+            line.rsplit(' ').next().and_then(|at| at.parse().ok()).expect("the line ends with the time")
+        })
         .collect();
     let last_call = calls.into_iter().max().expect("four ranks call");
     assert_failed(&finished, 4, "mismatched calls: ", last_call);

@@ -66,7 +66,9 @@ impl<T: Element> DataParallel<T> {
     /// [`Error::Usage`] for integer elements, which have no average worth taking.
     pub fn new(lens: &[usize], config: Config) -> Result<Self, Error> {
         if !matches!(T::DTYPE, DType::F32 | DType::F64 | DType::F16 | DType::BF16) {
-            return Err(Error::Usage { reason: format!("gradients are floating-point numbers, not {}", T::DTYPE) });
+            return Err(Error::Usage {
+                reason: format!("gradients are floating-point numbers, not {}", T::DTYPE),
+            });
         }
         let mut places = vec![(0, 0..0); lens.len()];
         let mut buckets: Vec<Bucket<T>> = Vec::new();
@@ -278,7 +280,8 @@ mod tests {
             .map(|(rank, transport)| {
                 std::thread::spawn(move || {
                     let transport = Box::new(transport);
-                    let mut communicator = Communicator::new(transport, Default::default()).expect("the defaults are right");
+                    let mut communicator =
+                        Communicator::new(transport, Default::default()).expect("the defaults are right");
                     part(rank, &mut communicator);
                     communicator.leave().expect("both leave");
                 })
@@ -295,7 +298,8 @@ mod tests {
                 let mut parallel =
                     DataParallel::<f32>::new(&lens, config(4, bucket_bytes)).expect("f32 is a float");
                 for step in 0..3 {
-                    let gradient = |parameter: usize| vec![(parameter * 10 + rank * 2 + step) as f32; lens[parameter]];
+                    let gradient =
+                        |parameter: usize| vec![(parameter * 10 + rank * 2 + step) as f32; lens[parameter]];
                     let orders = [[0, 1, 2], [2, 0, 1]];
                     for parameter in orders[rank] {
                         parallel

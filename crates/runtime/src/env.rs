@@ -88,11 +88,8 @@ impl JobEnv {
     pub fn to_vars(&self) -> Vec<(&'static str, String)> {
         let identity = self.identity.to_string_lossy().into_owned();
         let timeout = self.rendezvous_timeout.as_secs_f64().to_string();
-        let mut vars = vec![
-            (RENDEZVOUS, self.rendezvous.clone()),
-            (RENDEZVOUS_TIMEOUT, timeout),
-            (IDENTITY, identity),
-        ];
+        let mut vars =
+            vec![(RENDEZVOUS, self.rendezvous.clone()), (RENDEZVOUS_TIMEOUT, timeout), (IDENTITY, identity)];
         for (ours, torchrun, value) in [
             (RANK, "RANK", self.rank),
             (WORLD_SIZE, "WORLD_SIZE", self.world_size),
@@ -239,7 +236,8 @@ mod tests {
             (RENDEZVOUS_TIMEOUT, Some("soon"), "positive number of seconds"),
             (RENDEZVOUS_TIMEOUT, Some("1e300"), "positive number of seconds"),
         ] {
-            let error = JobEnv::from_vars(lookup(vars_but(variable, value))).expect_err("a bad value").to_string();
+            let error =
+                JobEnv::from_vars(lookup(vars_but(variable, value))).expect_err("a bad value").to_string();
             assert!(error.contains(variable) && error.contains(expect), "{error}");
         }
     }
@@ -252,7 +250,9 @@ mod tests {
         assert_eq!(set(ALGORITHM, "ring").map(|config| config.algorithm), Ok(Algorithm::Ring));
         assert_eq!(set(ORDER, "any").map(|config| config.order), Ok(Order::Any));
         assert_eq!(set(SEGMENT_BYTES, "1024").map(|config| config.segment_bytes), Ok(1024));
-        for (variable, value) in [(TIMEOUT, "0"), (TIMEOUT, "nan"), (ALGORITHM, "tree"), (ORDER, ""), (SEGMENT_BYTES, "1")] {
+        for (variable, value) in
+            [(TIMEOUT, "0"), (TIMEOUT, "nan"), (ALGORITHM, "tree"), (ORDER, ""), (SEGMENT_BYTES, "1")]
+        {
             let error = set(variable, value).expect_err("nonsense").to_string();
             assert!(error.contains(variable), "{error}");
         }

@@ -21,7 +21,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use paceline_transport::identity::Identity;
-use paceline_transport::quic::{Connection, Endpoint, IoHandle, Member, MessageReceiver, MessageSender, Roster};
+use paceline_transport::quic::{
+    Connection, Endpoint, IoHandle, Member, MessageReceiver, MessageSender, Roster,
+};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
@@ -240,7 +242,6 @@ async fn serve_lane(connection: &Connection, shared: &Shared) -> Result<(), pace
     }
 }
 
-
 /// A worker's side of the rendezvous.
 pub(crate) struct Client {
     _connection: Connection,
@@ -312,7 +313,9 @@ impl Client {
         }
         loop {
             match self.receiver.recv::<Notice>().await {
-                Ok(Some(Notice::Died { rank, cause })) => return Some(News::Died { rank: rank as usize, cause }),
+                Ok(Some(Notice::Died { rank, cause })) => {
+                    return Some(News::Died { rank: rank as usize, cause });
+                }
                 Ok(Some(Notice::Exited { rank })) => return Some(News::Exited { rank: rank as usize }),
                 Ok(Some(_)) => {}
                 Ok(None) | Err(_) => return None,
@@ -325,7 +328,6 @@ impl Client {
         // A launcher that is gone needs no reasons.
         let _ = self.sender.send(&Request::Blames { rank: rank as u32 }).await;
     }
-
 }
 
 /// Resolves and dials until the server answers. Being refused is final; no answer is not.

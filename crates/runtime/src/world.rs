@@ -72,7 +72,14 @@ impl World {
     fn alone(config: Config) -> Result<Self, Error> {
         let transport = mem::group(1, 1, mem::DEFAULT_WINDOW_BYTES).remove(0);
         let communicator = Communicator::new(Box::new(transport), config)?;
-        Ok(Self { rank: 0, world_size: 1, local_rank: 0, local_world_size: 1, communicator, membership: Membership { _job: None } })
+        Ok(Self {
+            rank: 0,
+            world_size: 1,
+            local_rank: 0,
+            local_world_size: 1,
+            communicator,
+            membership: Membership { _job: None },
+        })
     }
 
     /// Takes the place that `env` describes; [`join`](Self::join) reads it from the environment.

@@ -245,7 +245,10 @@ fn started_operations_run_in_order_and_give_their_buffers_back(mut communicator:
     communicator.barrier().expect("a blocking call waits for its turn");
     for (len, work) in works {
         assert!(work.is_done(), "the barrier came later");
-        assert_eq!(work.wait().expect("all ranks started it"), reduced::<f64>(world_size, 0, len, ReduceOp::Sum));
+        assert_eq!(
+            work.wait().expect("all ranks started it"),
+            reduced::<f64>(world_size, 0, len, ReduceOp::Sum)
+        );
     }
     let awaited = block_on(start(&mut communicator, 77));
     assert_eq!(awaited.expect("all ranks started it"), reduced::<f64>(world_size, 0, 77, ReduceOp::Sum));

@@ -207,9 +207,7 @@ mod tests {
     fn the_header_has_the_documented_bytes() {
         let header = FrameHeader { channel: 0x0102_0304, epoch: 5, len: 6 };
         let mut golden = [0; HEADER_BYTES];
-        golden[..20].copy_from_slice(&[
-            b'P', b'C', 1, 1, 4, 3, 2, 1, 5, 0, 0, 0, 0, 0, 0, 0, 6, 0, 0, 0,
-        ]);
+        golden[..20].copy_from_slice(&[b'P', b'C', 1, 1, 4, 3, 2, 1, 5, 0, 0, 0, 0, 0, 0, 0, 6, 0, 0, 0]);
         assert_eq!(header.to_bytes(), golden);
     }
 

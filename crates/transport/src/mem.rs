@@ -322,7 +322,8 @@ mod tests {
     #[test]
     fn a_control_lane_nobody_reads_is_bounded() {
         let mut group = group(2, 1, 16);
-        let result = (0..=CONTROL_QUEUE_LIMIT + 1).map(|_| group[0].send_control(1, b"x")).find(Result::is_err);
+        let result =
+            (0..=CONTROL_QUEUE_LIMIT + 1).map(|_| group[0].send_control(1, b"x")).find(Result::is_err);
         assert!(matches!(result, Some(Err(Error::Lost { peer: 1, .. }))));
         assert!(group[0].send_control(1, &[0; CONTROL_MESSAGE_LIMIT + 1]).is_err());
     }

@@ -1,11 +1,11 @@
 //! Parking a thread until a waker fires, with memory for one wake-up.
 
 use std::sync::Arc;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Wake, Waker};
 use std::thread::{self, Thread};
 use std::time::Instant;
-use std::sync::Mutex;
 
 /// A place where one thread at a time waits and any thread wakes it.
 ///

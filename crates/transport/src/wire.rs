@@ -88,8 +88,8 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
         return Err(WireError::TooLong { len: bytes.len(), limit: MESSAGE_LIMIT });
     }
     let malformed = |reason: String| WireError::Malformed { what: "message", reason };
-    let (message, used) = bincode::serde::decode_from_slice(bytes, config())
-        .map_err(|error| malformed(error.to_string()))?;
+    let (message, used) =
+        bincode::serde::decode_from_slice(bytes, config()).map_err(|error| malformed(error.to_string()))?;
     if used != bytes.len() {
         return Err(malformed(format!("{} bytes left over after {used}", bytes.len() - used)));
     }

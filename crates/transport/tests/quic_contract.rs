@@ -74,22 +74,21 @@ fn several_parts_and_tiny_reads_keep_the_order() {
     assert_eq!(one.try_recv(0, &mut [0; 8]), Ok(0));
 }
 
-/// Sends until the window is full and stays full; returns how much went in.
+/// What a peer that reads nothing takes: `STREAM_WINDOW_BYTES` in `tls.rs`.
+const WINDOW_BYTES: usize = 2 << 20;
+
+/// Sends until the window is full; returns how much went in.
 fn fill(transport: &mut QuicTransport, to: usize) -> usize {
-    let (bytes, mut total) = (vec![1; 1 << 20], 0);
+    let (bytes, until, mut total) = (vec![1; WINDOW_BYTES], deadline(), 0);
     loop {
         match transport.try_send(to, &[IoSlice::new(&bytes)]).expect("the link is up") {
-            0 => {
-                // Full towards our own send window at first; what the peer's window takes drains it.
-                let before = Instant::now();
-                transport.wait(before + Duration::from_millis(300));
-                if before.elapsed() >= Duration::from_millis(300) {
-                    return total;
-                }
-            }
+            // The stream's first byte is not ours.
+            0 if total >= WINDOW_BYTES - 1 => return total,
+            0 => transport.wait(until),
             sent => total += sent,
         }
-        assert!(total < 64 << 20, "the window has no end");
+        assert!(total <= WINDOW_BYTES, "the window has no end");
+        assert!(Instant::now() < until, "only {total} bytes went in");
     }
 }
 
@@ -298,8 +297,12 @@ fn the_group_forms_although_ranks_come_late_and_in_any_order() {
             move || QuicTransport::connect(endpoint, roster, deadline()).map(drop)
         };
         let two = scope.spawn(connect(2));
-        // Rank 0 comes only after rank 2's dial has been let in by its endpoint: wait for one attempt.
-        thread::sleep(Duration::from_millis(300));
+        // Rank 0's endpoint lets rank 2 in before there is a transport, and the connection is lost then.
+        let endpoint = group.endpoints[0].clone();
+        let early = async move { endpoint.accept().await };
+        let early = group.ios[0].handle().block_on(early).expect("io runs").expect("rank 2 dials");
+        assert_eq!(early.member(), "m2");
+        drop(early);
         let one = scope.spawn(connect(1));
         let zero = scope.spawn(connect(0));
         for rank in [zero, one, two] {

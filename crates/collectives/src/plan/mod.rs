@@ -19,9 +19,9 @@
 //! | barrier by dissemination (Hensgen, Finkel & Manber 1988) | log2 n | 0 | |
 
 mod direct;
-mod ring;
 #[cfg(test)]
 mod replay;
+mod ring;
 
 /// A range of elements of a buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -211,7 +211,9 @@ impl Plan {
                 self.segments(self.len)
             }
             Schedule::AllReduceRing => self.segments(self.chunk(0).len) * ring::all_reduce_rounds(self),
-            Schedule::ReduceScatterRing | Schedule::AllGatherRing => self.segments(self.len) * self.world_size,
+            Schedule::ReduceScatterRing | Schedule::AllGatherRing => {
+                self.segments(self.len) * self.world_size
+            }
             Schedule::BroadcastChain { .. } => ring::broadcast_rounds(self),
             Schedule::Barrier => self.world_size.next_power_of_two().trailing_zeros() as usize,
             Schedule::SendTo { .. } | Schedule::ReceiveFrom { .. } => self.segments(self.len).max(1),

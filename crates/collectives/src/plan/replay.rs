@@ -171,8 +171,11 @@ impl Rank {
                 let received = self.received_partial.take().unwrap_or_default();
                 let own = slice(&self.input, input);
                 assert_eq!(received.len(), own.len(), "partial and contribution are the same elements");
-                self.partial =
-                    received.into_iter().zip(own).map(|(left, right)| Rc::new(Value::Op(left, right))).collect();
+                self.partial = received
+                    .into_iter()
+                    .zip(own)
+                    .map(|(left, right)| Rc::new(Value::Op(left, right)))
+                    .collect();
             }
             Local::FinishPartial { output } => {
                 let values = self.partial.clone();

@@ -214,7 +214,7 @@ async fn close_in_the_end(
         endpoint.wait_idle().await;
     };
     tokio::select! {
-        () = io.stopping() => {
+        () = io.closing() => {
             congestion.open_all();
             endpoint.close(CloseCode::Aborted.into(), b"its process ended");
         }

@@ -7,7 +7,7 @@ use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::{Builder, Handle, Runtime};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio::task::{JoinError, JoinHandle};
 
 use crate::Error;
@@ -29,7 +29,8 @@ const CLOSING_LIMIT: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct IoThread {
     handle: IoHandle,
-    stop: watch::Sender<bool>,
+    /// Dropped to stop the thread.
+    stop: Option<oneshot::Sender<()>>,
     ended: Parker,
 }
 
@@ -38,7 +39,7 @@ pub struct IoThread {
 pub struct IoHandle {
     runtime: Handle,
     thread: ThreadId,
-    stopping: watch::Receiver<bool>,
+    closing: watch::Receiver<bool>,
 }
 
 /// A task on the I/O thread that ends when this value is dropped.
@@ -56,15 +57,16 @@ impl IoThread {
         let runtime =
             Builder::new_current_thread().event_interval(1).enable_all().build().map_err(no_start)?;
         let runtime_handle = runtime.handle().clone();
-        let (stop, stopping) = watch::channel(false);
+        let (stop, stopped) = oneshot::channel();
+        let (close, closing) = watch::channel(false);
         let ended = Parker::new();
-        let (waker, stop_signal) = (ended.waker(), stopping.clone());
+        let waker = ended.waker();
         let thread = thread::Builder::new().name("paceline-io".to_owned()).spawn(move || {
-            run(runtime, stop_signal);
+            run(runtime, stopped, close);
             waker.wake();
         });
         let thread = thread.map_err(no_start)?.thread().id();
-        Ok(Self { handle: IoHandle { runtime: runtime_handle, thread, stopping }, stop, ended })
+        Ok(Self { handle: IoHandle { runtime: runtime_handle, thread, closing }, stop: Some(stop), ended })
     }
 
     /// A handle with which endpoints are bound and futures run on this thread.
@@ -75,7 +77,7 @@ impl IoThread {
 
 impl Drop for IoThread {
     fn drop(&mut self) {
-        self.stop.send_replace(true);
+        self.stop = None;
         if thread::current().id() != self.handle.thread {
             self.ended.wait(Instant::now() + CLOSING_LIMIT);
         }
@@ -139,10 +141,10 @@ impl IoHandle {
         call()
     }
 
-    /// Returns when the thread has been told to stop.
-    pub(super) async fn stopping(&self) {
-        // An error means that the `IoThread` is gone, which is the same thing.
-        let _ = self.stopping.clone().wait_for(|stop| *stop).await;
+    /// Returns when the thread is about to end and everything must be closed.
+    pub(super) async fn closing(&self) {
+        // An error means that it has ended, where nothing can be done any more.
+        let _ = self.closing.clone().wait_for(|closing| *closing).await;
     }
 }
 
@@ -160,9 +162,12 @@ impl<T> Drop for Task<T> {
     }
 }
 
-fn run(runtime: Runtime, mut stop: watch::Receiver<bool>) {
+fn run(runtime: Runtime, stopped: oneshot::Receiver<()>, close: watch::Sender<bool>) {
     runtime.block_on(async move {
-        let _ = stop.wait_for(|stop| *stop).await;
+        // Nothing is ever sent: the sender is dropped.
+        let _ = stopped.await;
+        // From this thread, so that all tasks that wait for it are woken before the first turn.
+        close.send_replace(true);
         let tasks = Handle::current().metrics().num_alive_tasks();
         for _ in 0..(tasks + 1) * CLOSING_TURNS_PER_TASK {
             tokio::task::yield_now().await;

@@ -461,6 +461,8 @@ async fn receive_all(mut receiver: MessageReceiver, connection: Connection, shar
                 return drop(shared.cut(&connection, CloseCode::Aborted, "it gave up"));
             }
             Control::Message(message) => tokio::select! {
+                // In this order: what came before the end of the connection is delivered.
+                biased;
                 () = shared.deliver(message) => {}
                 // Nobody reads the inbox; the end must be seen all the same.
                 end = closed(&connection) => return drop(shared.end(end)),
