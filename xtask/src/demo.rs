@@ -54,8 +54,8 @@ pub fn steps(options: &Options, report: &mut Report) -> Result<()> {
     })?;
     let torch = torch.expect("the step succeeded");
     let folder = target();
-    report.step("demo: build", Budget::minutes(8.0), |limit| {
-        println!("The first build takes about 5 minutes, 3 of them for libtorch's bindings; later ones take seconds");
+    report.step("demo: build", Budget::minutes(10.0), |limit| {
+        println!("The first build takes 4 to 8 minutes on 2 cores, half of them for libtorch's bindings; later ones take seconds");
         build(&folder, &["--package", "paceline", "--bin", "paceline"], &torch, limit)?;
         let example = ["--package", "paceline-examples", "--example", "04_digits", "--features", "tch"];
         build(&folder, &example, &torch, limit)

@@ -52,7 +52,9 @@ fn assert_failed(finished: &Finished, count: usize, text: &str, since_us: u128) 
         assert!(line.contains(text), "no `{text}` in: {line}");
         let at = line.split("failed at ").nth(1).and_then(|rest| rest.split(' ').next());
         let at: u128 = at.and_then(|at| at.parse().ok()).expect("the line has the time");
-        assert!(at - since_us < AT_ONCE_US, "after {} us: {line}", at - since_us);
+        // A rank may know before the last of those that disagree has called.
+        let elapsed_us = at.saturating_sub(since_us);
+        assert!(elapsed_us < AT_ONCE_US, "after {elapsed_us} us: {line}");
     }
 }
 
@@ -88,7 +90,7 @@ fn mismatched() {
     let last_call = calls.into_iter().max().expect("four ranks call");
     assert_failed(&finished, 4, "mismatched calls: ", last_call);
     for line in finished.lines_with("failed at ") {
-        assert!(line.contains("called broadcast #2") && line.contains("called all_reduce #2"), "{line}");
+        assert!(line.contains("called broadcast #1") && line.contains("called all_reduce #1"), "{line}");
     }
 }
 
@@ -144,7 +146,6 @@ fn rank(part: &str, _: &[String]) {
 fn play(part: &str) -> Result<(), paceline_runtime::Error> {
     let mut world = World::join()?;
     let rank = world.rank();
-    world.communicator().barrier()?;
     match (part, rank) {
         ("loop", _) => looping(&mut world)?,
         ("panic", 1) => panic!("the answer is wrong"),

@@ -237,18 +237,18 @@ fn first_datagrams(io: &IoThread, trusts: &Identity, count: usize) -> Vec<Vec<u8
     sink.set_read_timeout(Some(PATIENCE)).expect("a valid time");
     let (client, sink_addr) = (raw_endpoint(&io.handle()), sink.local_addr().expect("bound"));
     let config = raw_config(&Disguise { shows: None, trusts, alpn: ALPN });
-    for _ in 0..count {
+    // Clients repeat themselves: only the first datagram of each counts. Bytes 6.. are its name for us.
+    let mut datagrams = std::collections::HashMap::new();
+    for dialled in 1..=count {
         let (client, config, name) = (client.clone(), config.clone(), trusts.server_name("server"));
         let dial =
             async move { client.connect_with(config, sink_addr, &name).expect("valid settings").await };
         drop(io.handle().spawn(dial));
-    }
-    // Clients repeat themselves: only the first datagram of each counts. Bytes 6.. are its name for us.
-    let mut datagrams = std::collections::HashMap::new();
-    while datagrams.len() < count {
-        let mut buffer = [0; 2048];
-        let len = sink.recv(&mut buffer).expect("a first datagram");
-        datagrams.entry(buffer[6..14].to_vec()).or_insert_with(|| buffer[..len].to_vec());
+        while datagrams.len() < dialled {
+            let mut buffer = [0; 2048];
+            let len = sink.recv(&mut buffer).expect("a first datagram");
+            datagrams.entry(buffer[6..14].to_vec()).or_insert_with(|| buffer[..len].to_vec());
+        }
     }
     datagrams.into_values().collect()
 }
