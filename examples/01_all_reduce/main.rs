@@ -1,4 +1,5 @@
 //! Every rank contributes a vector; every rank gets the sum.
+#![allow(clippy::print_stdout, reason = "an example talks to its terminal")]
 
 use paceline_runtime::World;
 use paceline_runtime::collectives::ReduceOp;

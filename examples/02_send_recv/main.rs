@@ -1,4 +1,5 @@
 //! A token goes around the ranks, and each adds its number.
+#![allow(clippy::print_stdout, reason = "an example talks to its terminal")]
 
 use paceline_runtime::World;
 

@@ -2,6 +2,7 @@
 //!
 //! Each rank takes its share of every batch, computes the gradient of its share, and the ranks average
 //! their gradients before the step. All end with the same bits.
+#![allow(clippy::print_stdout, reason = "an example talks to its terminal")]
 
 use paceline_runtime::World;
 use paceline_runtime::data_parallel::{Config, DataParallel};

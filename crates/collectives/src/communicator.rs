@@ -125,7 +125,9 @@ impl Communicator {
     /// 64, or a timeout of zero.
     pub fn new(transport: Box<dyn Transport>, config: Config) -> Result<Self, Error> {
         let usage = |reason| Err(Error::Usage { operation: "Communicator::new", reason });
-        if !(64..=PAYLOAD_LIMIT / 2).contains(&config.segment_bytes) || config.segment_bytes % 64 != 0 {
+        if !(64..=PAYLOAD_LIMIT / 2).contains(&config.segment_bytes)
+            || !config.segment_bytes.is_multiple_of(64)
+        {
             return usage(format!(
                 "segment_bytes is {}; choose a multiple of 64 between 64 and {}",
                 config.segment_bytes,
@@ -231,7 +233,7 @@ impl Communicator {
         output: &mut [T],
         op: ReduceOp,
     ) -> Result<(), Error> {
-        let expected = self.total::<T>("reduce_scatter", output.len())?;
+        let expected = self.total("reduce_scatter", output.len())?;
         check_len("reduce_scatter", "input", input.len(), expected, "world size times the output")?;
         let call = self.call::<T>(Kind::ReduceScatter(op), output.len())?;
         self.run(call, Buffers::separate(input, output))
@@ -245,7 +247,7 @@ impl Communicator {
     /// # Errors
     /// [`Error::Usage`] when the lengths do not fit; otherwise fatal ones.
     pub fn all_gather<T: Element>(&mut self, input: &[T], output: &mut [T]) -> Result<(), Error> {
-        let expected = self.total::<T>("all_gather", input.len())?;
+        let expected = self.total("all_gather", input.len())?;
         check_len("all_gather", "output", output.len(), expected, "world size times the input")?;
         let call = self.call::<T>(Kind::AllGather, input.len())?;
         self.run(call, Buffers::separate(input, output))
@@ -393,7 +395,7 @@ impl Communicator {
         }
     }
 
-    fn total<T: Element>(&self, operation: &'static str, share: usize) -> Result<usize, Error> {
+    fn total(&self, operation: &'static str, share: usize) -> Result<usize, Error> {
         share.checked_mul(self.world_size).ok_or_else(|| Error::Usage {
             operation,
             reason: format!(

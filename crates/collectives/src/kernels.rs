@@ -45,12 +45,15 @@ struct Kernels {
     /// acc = widen(elements)
     widen: fn(&mut [u64], &[u8]),
     /// left = left op right, over the first `count` accumulators
-    combine: fn(&mut [u64], &[u64], usize),
+    combine: Combine,
     /// acc = acc op widen(elements)
-    combine_element: fn(&mut [u64], &[u8]),
+    combine_element: CombineElement,
     /// elements = narrow(acc), divided by `world_size` under avg
     narrow: fn(&mut [u8], &[u64], usize),
 }
+
+type Combine = fn(&mut [u64], &[u64], usize);
+type CombineElement = fn(&mut [u64], &[u8]);
 
 impl Reducer {
     /// The kernels for one operation.
@@ -198,19 +201,17 @@ impl Kernels {
     }
 
     fn typed<T: Accumulate>(op: ReduceOp) -> Self {
-        let (combine, combine_element): (fn(&mut [u64], &[u64], usize), fn(&mut [u64], &[u8])) = match op {
-            ReduceOp::Sum | ReduceOp::Avg => {
-                (|l, r, n| combine::<T>(l, r, n, T::sum), |l, r| combine_element::<T>(l, r, T::sum))
-            }
-            ReduceOp::Prod => {
-                (|l, r, n| combine::<T>(l, r, n, T::prod), |l, r| combine_element::<T>(l, r, T::prod))
-            }
-            ReduceOp::Min => {
-                (|l, r, n| combine::<T>(l, r, n, T::min), |l, r| combine_element::<T>(l, r, T::min))
-            }
-            ReduceOp::Max => {
-                (|l, r, n| combine::<T>(l, r, n, T::max), |l, r| combine_element::<T>(l, r, T::max))
-            }
+        let [sum, prod, min, max] = [
+            (|l, r, n| combine::<T>(l, r, n, T::sum)) as Combine,
+            |l, r, n| combine::<T>(l, r, n, T::prod),
+            |l, r, n| combine::<T>(l, r, n, T::min),
+            |l, r, n| combine::<T>(l, r, n, T::max),
+        ];
+        let (combine, combine_element): (Combine, CombineElement) = match op {
+            ReduceOp::Sum | ReduceOp::Avg => (sum, |l, r| combine_element::<T>(l, r, T::sum)),
+            ReduceOp::Prod => (prod, |l, r| combine_element::<T>(l, r, T::prod)),
+            ReduceOp::Min => (min, |l, r| combine_element::<T>(l, r, T::min)),
+            ReduceOp::Max => (max, |l, r| combine_element::<T>(l, r, T::max)),
         };
         let narrow = if op == ReduceOp::Avg { narrow_avg::<T> } else { narrow::<T> };
         Self { widen: widen::<T>, combine, combine_element, narrow }

@@ -53,7 +53,9 @@ pub fn open(args: &RunArgs) -> Result<Box<dyn Rendezvous>, Error> {
     let issue = |member: &str| authority.issue(member, VALIDITY).map_err(|e| certificates(&e));
     let io = IoThread::start().map_err(|e| system("cannot start the I/O thread", &e))?;
     let address = resolve(args)?;
-    let server = Server::bind(&io.handle(), address, &issue(LAUNCHER)?, args.ranks as usize);
+    let identity = issue(LAUNCHER)?;
+    let ranks = args.ranks as usize;
+    let server = Server::bind(&io.handle(), address, &identity, ranks, args.rendezvous_timeout);
     let server = server.map_err(|e| refused(args, &e))?;
 
     let stored = |e: &io::Error| system("cannot store the ranks' certificates", e);

@@ -1,5 +1,7 @@
 //! Ranks that die, disagree or stay away, as real processes under the launcher.
 
+#![allow(clippy::print_stderr, reason = "ranks talk to the test by their output")]
+
 mod job;
 
 use std::process::Command;

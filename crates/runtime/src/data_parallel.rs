@@ -334,7 +334,7 @@ mod tests {
     fn wrong_calls_say_what_is_wrong_and_change_nothing() {
         on_two_ranks(|_, communicator| {
             let mut parallel = DataParallel::<f32>::new(&[2, 1], Config::default()).expect("f32 is a float");
-            let mut reason = |error: Result<(), Error>, expect: &str| {
+            let reason = |error: Result<(), Error>, expect: &str| {
                 let error = error.expect_err("the call is wrong").to_string();
                 assert!(error.contains(expect), "{error}");
             };

@@ -68,7 +68,7 @@ const FIRST_EPOCH: u64 = 1;
 pub struct Server {
     endpoint: Endpoint,
     shared: Arc<Shared>,
-    accept: tokio::task::JoinHandle<()>,
+    tasks: [tokio::task::JoinHandle<()>; 2],
 }
 
 struct Shared {
@@ -92,7 +92,8 @@ struct Joined {
 }
 
 impl Server {
-    /// Serves the rendezvous of a job of `world_size` ranks at `addr`, on the I/O thread of `io`.
+    /// Serves the rendezvous of a job of `world_size` ranks at `addr`, on the I/O thread of `io`. Ranks
+    /// that have not joined after `timeout` are named to those that have, which ends their wait.
     ///
     /// # Errors
     /// The transport's: nothing can listen there, or the identity is unusable.
@@ -101,11 +102,13 @@ impl Server {
         addr: SocketAddr,
         identity: &Identity,
         world_size: usize,
+        timeout: Duration,
     ) -> Result<Self, paceline_transport::Error> {
         let endpoint = Endpoint::bind(io, addr, identity)?;
         let shared = Arc::new(Shared { world_size, state: Mutex::default() });
         let accept = io.spawn(accept_all(io.clone(), endpoint.clone(), shared.clone()));
-        Ok(Self { endpoint, shared, accept })
+        let patience = io.spawn(lose_patience(shared.clone(), timeout));
+        Ok(Self { endpoint, shared, tasks: [accept, patience] })
     }
 
     /// Where it listens, with the port that was chosen.
@@ -137,7 +140,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.accept.abort();
+        self.tasks.iter().for_each(tokio::task::JoinHandle::abort);
     }
 }
 
@@ -194,6 +197,18 @@ impl Shared {
 impl State {
     fn tell_all(&self, notice: &Notice) {
         self.joined.values().for_each(|joined| drop(joined.notices.send(notice.clone())));
+    }
+}
+
+/// Ends the wait of those that have come when others have not in time.
+async fn lose_patience(shared: Arc<Shared>, timeout: Duration) {
+    tokio::time::sleep(timeout).await;
+    let missing = shared.missing(&shared.lock());
+    if !missing.is_empty() {
+        let missing: Vec<u32> = missing.into_iter().take(NAMED_RANKS_LIMIT).map(|rank| rank as u32).collect();
+        let reason = waited_in_vain(&missing);
+        tracing::warn!(reason, "the ranks have not met");
+        shared.tell_all(Notice::Refused { reason });
     }
 }
 
@@ -265,7 +280,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 impl Client {
-    /// Joins as `rank` and waits for all others, until `deadline`.
+    /// Joins as `rank` and waits for all others, until `deadline`. The server gives up by itself and says
+    /// who is missing; the deadline is for a server that says nothing.
     pub(crate) async fn join(
         endpoint: Endpoint,
         server: String,
@@ -321,6 +337,11 @@ impl Client {
                 Ok(None) | Err(_) => return None,
             }
         }
+    }
+
+    /// Puts news back, to be told again.
+    pub(crate) fn keep(&mut self, news: News) {
+        self.early.push(news);
     }
 
     /// Tells the launcher that this rank fails because of another one.

@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use paceline_collectives::{Communicator, Config, Error as CollectivesError, Interrupter};
@@ -13,6 +14,9 @@ use tokio::sync::oneshot;
 use crate::Error;
 use crate::env::{self, JobEnv};
 use crate::rendezvous::{Client, News};
+
+/// How much longer than the server a worker waits: the server's answer names who is missing.
+const SERVER_GRACE: Duration = Duration::from_secs(2);
 
 /// How long after a rank's exit with code 0 its goodbye may still be on its way. It was acknowledged
 /// before the rank exited; what is left is our own I/O thread's work.
@@ -87,14 +91,17 @@ impl World {
     /// # Errors
     /// As [`join`](Self::join).
     pub fn join_job(env: &JobEnv, config: Config) -> Result<Self, Error> {
-        let deadline = Instant::now() + env.rendezvous_timeout;
+        let deadline = Instant::now() + env.rendezvous_timeout + SERVER_GRACE;
         let io = IoThread::start()?;
         let identity = read_identity(&env.identity)?;
         let endpoint = Endpoint::bind(&io.handle(), local_addr(&env.rendezvous), &identity)?;
         let joining =
             Client::join(endpoint.clone(), env.rendezvous.clone(), env.rank, env.world_size, deadline);
         let (client, roster) = io.handle().block_on(joining)??;
-        let transport = QuicTransport::connect(&endpoint, roster, deadline)?;
+        // Taken back below: whoever hears of a death meanwhile never gives it back.
+        let client = Arc::new(tokio::sync::Mutex::new(client));
+        let death = first_death(client.clone());
+        let transport = QuicTransport::connect_unless(&endpoint, roster, deadline, death)?;
         let mut communicator = Communicator::new(Box::new(transport), config)?;
         tracing::info!(rank = env.rank, world_size = env.world_size, "all ranks are connected");
         let (culprit, culprits) = oneshot::channel();
@@ -161,9 +168,29 @@ impl Drop for Job {
     }
 }
 
+/// Completes when a rank has ended before all links were made, with the reason.
+async fn first_death(client: Arc<tokio::sync::Mutex<Client>>) -> String {
+    let mut client = client.lock().await;
+    match client.news().await {
+        Some(News::Died { rank, cause }) => format!("rank {rank} {cause}"),
+        Some(News::Exited { rank }) => {
+            // It may have finished its part and left in order, and its link is about to be made here.
+            client.keep(News::Exited { rank });
+            tokio::time::sleep(GOODBYE_GRACE).await;
+            format!("rank {rank} exited with code 0")
+        }
+        None => "the launcher has gone".to_owned(),
+    }
+}
+
 /// Passes the launcher's news on to the communicator, and tells the launcher whom this rank's failure is
 /// due to, so that it can name the cause even when this process ends first.
-async fn watch(mut client: Client, interrupter: Interrupter, mut culprit: oneshot::Receiver<Option<usize>>) {
+async fn watch(
+    client: Arc<tokio::sync::Mutex<Client>>,
+    interrupter: Interrupter,
+    mut culprit: oneshot::Receiver<Option<usize>>,
+) {
+    let mut client = client.lock().await;
     let mut failed = false;
     loop {
         let news = tokio::select! {

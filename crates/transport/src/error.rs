@@ -31,6 +31,14 @@ pub enum Error {
         /// How long the wait was.
         elapsed: Duration,
     },
+    /// A wait was given up because its end had become impossible.
+    #[error("gave up waiting for {what}: {reason}")]
+    GaveUp {
+        /// What was waited for.
+        what: String,
+        /// What has happened, in words.
+        reason: String,
+    },
     /// The other side was refused, or refused us: no certificate of this job, the wrong member, or
     /// another protocol version.
     #[error("refused {remote}: {reason}")]

@@ -145,16 +145,12 @@ impl OutFrame {
 }
 
 /// The head of the next frame of one peer, as far as it has come.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct InFrame {
-    head: [u8; HEAD_BYTES],
+    header: [u8; HEADER_BYTES],
+    prefix: Prefix,
+    /// Bytes of the two that have come.
     have: usize,
-}
-
-impl Default for InFrame {
-    fn default() -> Self {
-        Self { head: [0; HEAD_BYTES], have: 0 }
-    }
 }
 
 impl InFrame {
@@ -172,20 +168,22 @@ impl InFrame {
         from: usize,
     ) -> Result<Option<(FrameHeader, &Prefix)>, Error> {
         while self.have < HEAD_BYTES {
-            let got = transport.try_recv(from, &mut self.head[self.have..])?;
+            let rest = match self.have.checked_sub(HEADER_BYTES) {
+                None => &mut self.header[self.have..],
+                Some(of_prefix) => &mut self.prefix[of_prefix..],
+            };
+            let got = transport.try_recv(from, rest)?;
             if got == 0 {
                 return Ok(None);
             }
             self.have += got;
         }
         let lost = |error: WireError| Error::Lost { peer: from, reason: error.to_string() };
-        let (header, prefix) =
-            self.head.split_first_chunk::<HEADER_BYTES>().expect("a head begins with a header");
-        let header = FrameHeader::from_bytes(header).map_err(lost)?;
+        let header = FrameHeader::from_bytes(&self.header).map_err(lost)?;
         if header.epoch != transport.epoch() {
             return Err(lost(WireError::Epoch { theirs: header.epoch, ours: transport.epoch() }));
         }
-        Ok(Some((header, prefix.try_into().expect("a head ends with a prefix"))))
+        Ok(Some((header, &self.prefix)))
     }
 
     /// Takes the head off the stream: the bytes that follow are the payload.

@@ -26,6 +26,12 @@ fn leaf(rank: usize, element: usize) -> Expr {
     Rc::new(Value::Leaf { rank, element })
 }
 
+/// A buffer before the operation; its elements may share one value, which is never looked into.
+fn untouched(len: usize) -> Vec<Expr> {
+    let value = Rc::new(Value::Untouched);
+    (0..len).map(|_| value.clone()).collect()
+}
+
 /// The tree over ranks `from..to`, by its definition.
 fn tree(from: usize, to: usize, contribution: &dyn Fn(usize) -> Expr) -> Expr {
     match to - from {
@@ -251,8 +257,8 @@ fn exhaustively(
                             let plan = Plan::new(schedule, world_size, rank, len, segment_len);
                             let input =
                                 (0..input_len(world_size, len)).map(|element| leaf(rank, element)).collect();
-                            let untouched = vec![Rc::new(Value::Untouched); output_len(world_size, len)];
-                            Rank::new(plan, input, (!in_place).then_some(untouched))
+                            let output = (!in_place).then(|| untouched(output_len(world_size, len)));
+                            Rank::new(plan, input, output)
                         })
                         .collect();
                     replay(&mut ranks);
@@ -398,8 +404,11 @@ fn a_message_between_two_ranks_is_cut_alike_on_both_sides() {
                 .iter()
                 .enumerate()
                 .map(|(rank, &plan)| {
-                    let untouched = vec![Rc::new(Value::Untouched); len];
-                    Rank::new(plan, (0..len).map(|element| leaf(rank, element)).collect(), Some(untouched))
+                    Rank::new(
+                        plan,
+                        (0..len).map(|element| leaf(rank, element)).collect(),
+                        Some(untouched(len)),
+                    )
                 })
                 .collect();
             replay(&mut ranks);

@@ -106,10 +106,31 @@ impl QuicTransport {
     /// [`Error::TimedOut`] naming each missing rank with its address and what was seen of it;
     /// [`Error::Usage`] for a roster that does not fit this endpoint, or on the I/O thread itself.
     pub fn connect(endpoint: &Endpoint, roster: Roster, deadline: Instant) -> Result<Self, Error> {
+        Self::connect_unless(endpoint, roster, deadline, std::future::pending())
+    }
+
+    /// [`connect`](QuicTransport::connect) that ends early when `give_up` completes, with its output as
+    /// the reason: somebody has learnt that a rank will not come.
+    ///
+    /// # Errors
+    /// [`Error::GaveUp`] with the reason, else as [`connect`](QuicTransport::connect).
+    pub fn connect_unless(
+        endpoint: &Endpoint,
+        roster: Roster,
+        deadline: Instant,
+        give_up: impl Future<Output = String> + Send + 'static,
+    ) -> Result<Self, Error> {
         roster.check(endpoint)?;
         let io = endpoint.io().clone();
         let (rank, epoch) = (roster.rank, roster.epoch);
-        let Mesh { links, gatekeeper } = io.block_on(mesh::form(endpoint.clone(), roster, deadline))??;
+        let forming = mesh::form(endpoint.clone(), roster, deadline);
+        let formed = io.block_on(async move {
+            tokio::select! {
+                formed = forming => formed,
+                reason = give_up => Err(Error::GaveUp { what: format!("links of epoch {epoch}"), reason }),
+            }
+        });
+        let Mesh { links, gatekeeper } = formed??;
         let parker = Parker::new();
         let waker = parker.waker();
         let to_link = |(peer, raw): (usize, Option<RawLink>)| Some(Link::new(peer, raw?, &io, &waker));
