@@ -169,6 +169,29 @@ impl Communicator {
         }
     }
 
+    /// Which schedule a call of `kind` with `count` elements of `dtype` would run, and why that one. `count` is that of
+    /// [`Operation::count`]. Calls nothing and changes nothing.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when the configured algorithm cannot keep the order.
+    pub fn explain(&self, kind: Kind, dtype: DType, count: usize) -> Result<(String, String), Error> {
+        let ring = self.prefers_ring(kind, count.saturating_mul(dtype.size()))?;
+        let (name, why) = match (kind, ring) {
+            _ if self.world_size == 1 => ("local", "there is no other rank"),
+            (Kind::Barrier, _) => ("dissemination", "it is the only schedule of a barrier"),
+            (Kind::Message { .. }, _) => ("message", "two ranks share one link"),
+            (_, true) if self.config.algorithm == Algorithm::Ring => ("ring", "the algorithm is set to ring"),
+            (_, false) if self.config.algorithm == Algorithm::Direct => {
+                ("direct", "the algorithm is set to direct")
+            }
+            (_, true) => ("chain", "4 segments or more: each link carries the buffer once"),
+            (Kind::Broadcast { .. }, false) if self.world_size == 2 => ("direct", "there is one other rank"),
+            (Kind::Broadcast { .. }, false) => ("direct", "less than 4 segments: one latency to each rank"),
+            (_, false) => ("direct", "a ring's bytes in fewer latencies, and the fixed order"),
+        };
+        Ok((name.to_owned(), why.to_owned()))
+    }
+
     /// A handle with which another thread ends this communicator's operations.
     pub fn interrupter(&self) -> Interrupter {
         Interrupter { fault: self.fault.clone() }

@@ -4,12 +4,14 @@
 
 use std::ffi::OsString;
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, Parser, Subcommand};
 
+use crate::bench::args::{BenchArgs, Flags as BenchFlags};
 use crate::error::Error;
 
 /// What the command line asks for.
@@ -19,6 +21,15 @@ pub enum Request {
     Print(String),
     /// Run a job.
     Run(RunArgs),
+    /// Measure the collectives.
+    Bench(BenchArgs),
+    /// Be one rank of a measurement.
+    BenchRank {
+        /// What is measured.
+        args: BenchArgs,
+        /// The socket for results.
+        report: PathBuf,
+    },
 }
 
 /// A job to run on this machine.
@@ -62,6 +73,12 @@ enum Subcommands {
     /// Run a program as N ranks on this machine
     #[command(after_help = RUN_HELP)]
     Run(RunFlags),
+    /// Measure a collective on N ranks of this machine, in the columns of nccl-tests
+    #[command(after_help = BENCH_HELP)]
+    Bench(BenchFlags),
+    /// One rank of `paceline bench`
+    #[command(hide = true)]
+    BenchRank(BenchRankFlags),
 }
 
 const RUN_HELP: &str = "\
@@ -69,6 +86,21 @@ When a rank fails, the others are told, get SIGTERM after 2 s and SIGKILL after 
 failed rank's, or 128 + the signal that killed it. SIGTERM, SIGINT, SIGHUP and SIGQUIT are passed on to the ranks.
 
 Example:  paceline run -n 4 -- python train.py --epochs 3";
+
+const BENCH_HELP: &str = "\
+A size is that of the larger buffer in bytes; algbw is size / time, busbw is algbw times what the collective makes of
+it (nccl-tests, doc/PERFORMANCE.md), and #wrong counts wrong elements of all ranks. PACELINE_ALGORITHM and the like
+apply as to any job. The exit code is 1 if an element was wrong.
+
+Example:  paceline bench all_reduce --ranks 1..4 -b 4 -e 64M";
+
+#[derive(Args)]
+struct BenchRankFlags {
+    #[arg(long)]
+    report: PathBuf,
+    #[command(flatten)]
+    bench: BenchFlags,
+}
 
 #[derive(Args)]
 struct RunFlags {
@@ -98,15 +130,26 @@ struct RunFlags {
 /// # Errors
 /// [`Error::Usage`] with what is wrong and what to do.
 pub fn parse(args: impl IntoIterator<Item = OsString>, port: Option<OsString>) -> Result<Request, Error> {
-    let flags = match Cli::try_parse_from(args) {
-        Ok(Cli { command: Subcommands::Run(flags) }) => flags,
+    let args: Vec<OsString> = args.into_iter().collect();
+    let command = match Cli::try_parse_from(&args) {
+        Ok(Cli { command }) => command,
         Err(e) if matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
             return Ok(Request::Print(e.to_string()));
         }
-        Err(e) => return Err(Error::Usage(in_one_line(&e))),
+        Err(e) => return Err(Error::Usage(in_one_line(&e, &args))),
     };
+    match command {
+        Subcommands::Run(flags) => run_args(flags, port).map(Request::Run),
+        Subcommands::Bench(flags) => flags.into_args(args[2..].to_vec()).map(Request::Bench),
+        Subcommands::BenchRank(BenchRankFlags { report, bench }) => {
+            bench.into_args(Vec::new()).map(|args| Request::BenchRank { args, report })
+        }
+    }
+}
+
+fn run_args(flags: RunFlags, port: Option<OsString>) -> Result<RunArgs, Error> {
     let mut program = flags.program.into_iter();
-    Ok(Request::Run(RunArgs {
+    Ok(RunArgs {
         ranks: flags.nproc_per_node,
         rendezvous: endpoint(flags.rdzv_endpoint, port)?,
         grace: flags.grace,
@@ -114,7 +157,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>, port: Option<OsString>) -
         rendezvous_timeout: flags.rdzv_timeout,
         program: program.next().filter(|name| !name.is_empty()).ok_or_else(no_program)?,
         program_args: program.collect(),
-    }))
+    })
 }
 
 /// The flag, else PACELINE_PORT on the loopback interface, else a free port there.
@@ -169,13 +212,20 @@ impl fmt::Display for Endpoint {
     }
 }
 
-fn in_one_line(error: &clap::Error) -> String {
+fn in_one_line(error: &clap::Error, args: &[OsString]) -> String {
+    let subcommand = match args.get(1).and_then(|word| word.to_str()) {
+        Some("bench" | "bench-rank") => "bench",
+        _ => "run",
+    };
     let context = |kind| match error.get(kind) {
         Some(ContextValue::String(text)) => Some(text.clone()),
         Some(ContextValue::Strings(texts)) => texts.first().cloned(),
         _ => None,
     };
     match error.kind() {
+        ErrorKind::MissingRequiredArgument if subcommand == "bench" => {
+            "nothing to measure; say for instance: paceline bench all_reduce --ranks 2".to_owned()
+        }
         ErrorKind::MissingRequiredArgument => match no_program() {
             Error::Usage(text) => text,
             other => other.to_string(),
@@ -187,7 +237,7 @@ fn in_one_line(error: &clap::Error) -> String {
             let flag = context(ContextKind::InvalidArg).unwrap_or_default();
             match context(ContextKind::SuggestedArg) {
                 Some(near) => format!("unknown flag {flag}; did you mean {near}?"),
-                None => format!("unknown flag {flag}; see paceline run --help"),
+                None => format!("unknown flag {flag}; see paceline {subcommand} --help"),
             }
         }
         // "error: invalid value 'abc' for '--grace <SECONDS>': reason", then a blank line and advice to read the help.

@@ -3,6 +3,7 @@
 //! The parts, in the order a run meets them: [`cli`] says what was asked, [`program`] finds the program,
 //! [`rendezvous`] is where the ranks meet, [`child`] starts one rank, [`supervise`] watches all of them and does
 //! what [`job`] decides, [`console`] prints what they write, [`report`] explains how it ended. [`run`] joins them.
+//! [`mod@bench`] runs this program itself as a job, to measure the collectives.
 //!
 //! It refuses to be a daemon or a scheduler: one job, in the foreground, and no rank outlives it.
 //!
@@ -12,13 +13,14 @@
 //! | 0 | every rank exited with code 0 and nobody asked the launcher to stop |
 //! | n | the first rank that failed exited with code n |
 //! | 128 + k | the first rank that failed was killed by signal k, or the launcher was asked to stop by signal k |
-//! | 1 | the launcher itself could not go on, for instance because no more processes could be started |
+//! | 1 | the launcher itself could not go on, for instance because no more processes could be started; `bench`: an element of a result was wrong |
 //! | 2 | wrong flags, or an endpoint that cannot be used |
 //! | 126, 127 | the program cannot be executed; there is no such program |
 //!
 //! After a signal the code is 128 + k even if every rank then exits with 0: a rank that saves its state and exits
 //! cleanly on SIGTERM has not finished its training, and a controller that reads 0 would never start it again.
 
+mod bench;
 mod child;
 mod cli;
 mod console;
@@ -46,6 +48,10 @@ fn main() -> ExitCode {
             Ok((0, String::new()))
         }
         Ok(cli::Request::Run(args)) => run::run(&args, &console),
+        Ok(cli::Request::Bench(args)) => bench::run(&args, &console),
+        Ok(cli::Request::BenchRank { args, report }) => {
+            bench::rank::run(&args, &report).map(|()| (0, String::new()))
+        }
         Err(error) => Err(error),
     };
     let (code, last_words) = outcome.unwrap_or_else(|e| (e.exit_code(), format!("paceline: {e}\n")));
