@@ -7,6 +7,7 @@
 mod checks;
 mod ci;
 mod demo;
+mod environment;
 mod mutant;
 mod process;
 mod step;
