@@ -9,6 +9,7 @@ mod ci;
 mod demo;
 mod environment;
 mod mutant;
+mod peers;
 mod process;
 mod step;
 mod suites;
@@ -38,6 +39,8 @@ enum Task {
     Ci,
     /// The checks of the source tree alone: unsafe code, links, configuration variables
     Check,
+    /// Measure Paceline beside OpenMPI, MPICH and Gloo on this machine
+    Peers(peers::Options),
     /// Print the environment that a build with the feature `tch` needs, in the shell's words
     TorchEnv,
 }
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
         Task::Mutants => mutant::run(),
         Task::Ci => ci::run(),
         Task::Check => checks::run(),
+        Task::Peers(options) => peers::run(&options),
         Task::TorchEnv => torch::print_environment(),
     };
     match outcome {

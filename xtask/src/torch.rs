@@ -13,6 +13,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+/// The version, as pip and the reports have it.
+pub const VERSION: &str = "2.11.0";
+
 const RECIPE: Recipe = Recipe {
     what: "torch",
     name: "torch-2.11.0",
@@ -31,6 +34,11 @@ pub struct Torch {
 }
 
 impl Torch {
+    /// The folder with `lib` and `include`.
+    pub fn home(&self) -> &Path {
+        &self.home
+    }
+
     /// What a build with tch needs in its environment, and what a program linked with it needs to start.
     pub fn environment(&self) -> [(&'static str, OsString); 2] {
         let mut search = OsString::from(self.home.join("lib"));

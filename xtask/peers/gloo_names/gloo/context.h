@@ -1,0 +1,11 @@
+// torch ships the header of its Gloo process group without the headers of Gloo. This is as much of them as it needs to be
+// read: names of types that are only ever handled through pointers here.
+#pragma once
+#include <chrono>
+
+namespace gloo {
+class Context {
+ public:
+  void setTimeout(std::chrono::milliseconds timeout);
+};
+} // namespace gloo
