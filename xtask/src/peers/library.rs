@@ -152,7 +152,8 @@ impl Ready {
     /// It fails, hangs, or does not say all that it was asked.
     pub fn measure(&self, ranks: u32, rows: &[Row]) -> Result<Vec<Measurement>> {
         let measured = if self.library.is_peer() {
-            let (status, text) = output_of(self.peer(ranks, rows), RUN_LIMIT)?;
+            let cpus = thread::available_parallelism().map_or(1, usize::from);
+            let (status, text) = output_of(self.peer(ranks, rows, cpus), RUN_LIMIT)?;
             process::must_succeed(status, "its benchmark")?;
             measurement::of_peer(self.library, ranks, &text)?
         } else {
@@ -176,10 +177,11 @@ impl Ready {
         Ok(measured)
     }
 
-    fn peer(&self, ranks: u32, rows: &[Row]) -> Command {
+    /// A peer's job of all rows on a machine with so many CPUs.
+    fn peer(&self, ranks: u32, rows: &[Row], cpus: usize) -> Command {
         let mut command = Command::new(&self.starter);
         let count = ranks.to_string();
-        let crowded = ranks as usize > thread::available_parallelism().map_or(1, usize::from);
+        let crowded = ranks as usize > cpus;
         match self.library {
             Library::OpenMpi => {
                 command.args(["-n", &count, "--host", &format!("localhost:{ranks}")]);
@@ -289,4 +291,42 @@ fn version_of(command: Command) -> Result<String> {
     process::must_succeed(status, &words)?;
     let first = text.lines().next().unwrap_or_default();
     Ok(first.split_whitespace().next_back().unwrap_or("unknown").to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ROWS: [Row; 2] = [
+        Row { case: Case { ranks: 4, bytes: 0 }, iterations: 9 },
+        Row { case: Case { ranks: 4, bytes: 4096 }, iterations: 7 },
+    ];
+
+    fn ready(library: Library) -> Ready {
+        Ready { library, version: String::new(), starter: "start".into(), program: "bench".into() }
+    }
+
+    #[test]
+    fn a_job_of_ours_is_one_row_and_only_buffers_are_registered() {
+        let words = |library, row: &Row| process::shown(&ready(library).own(row));
+        let barrier = "start bench barrier --ranks 4 -n 9 -w 3 --json";
+        assert_eq!(words(Library::Paceline, &ROWS[0]), barrier);
+        let registered = "start bench all_reduce -b 4096 -e 4096 --registered --ranks 4 -n 7 -w 3 --json";
+        assert_eq!(words(Library::PacelineRegistered, &ROWS[1]), registered);
+        assert!(!Library::PacelineRegistered.runs(ROWS[0].case));
+    }
+
+    #[test]
+    fn a_peer_is_bound_to_cores_or_yields_but_not_both() {
+        let words = |cpus| process::shown(&ready(Library::OpenMpi).peer(4, &ROWS, cpus));
+        let yields = |words: &str| words.contains("--bind-to none --mca mpi_yield_when_idle 1");
+        assert!(yields(&words(2)) && !yields(&words(4)));
+        assert!(words(4).contains("--bind-to core") && words(4).ends_with(" bench barrier:9 4096:7"));
+        let throttled = |cpus| {
+            let command = ready(Library::Mpich).peer(4, &ROWS, cpus);
+            command.get_envs().any(|(name, _)| name == "MPIR_CVAR_CH4_PROGRESS_THROTTLE")
+        };
+        assert!(throttled(2) && !throttled(4));
+        assert_eq!(process::shown(&ready(Library::Gloo).peer(4, &ROWS, 2)), "start 4 barrier:9 4096:7");
+    }
 }

@@ -138,7 +138,7 @@ impl Run {
         Self { libraries, estimates_us, measurements, failures }
     }
 
-    /// The short round. Its times are estimates; its wrong elements count.
+    /// The short round. Its times are estimates; wrong elements count as in any other.
     fn calibrate(&mut self, cases: &[Case]) {
         eprintln!("Calibrating: a few calls of each size");
         let rows = |_: &Self, _, case| Row { case, iterations: workload::FEWEST };
@@ -146,6 +146,7 @@ impl Run {
             let key = (measurement.library, measurement.case);
             let estimate = self.estimates_us.entry(key).or_default();
             *estimate = estimate.max(measurement.mean_us);
+            // Its library takes no further part, so that no time of this round gets into a median.
             if measurement.wrong > 0 {
                 self.measurements.push(measurement);
             }
@@ -162,7 +163,8 @@ impl Run {
         self.measurements.extend(measurements);
     }
 
-    /// Every library once over all sizes.
+    /// Every library once over all sizes. One that fails or is wrong takes no further part; the others go on, for their
+    /// times are as good as before.
     fn pass(
         &mut self,
         cases: &[Case],
@@ -178,16 +180,19 @@ impl Run {
                 }
                 let of_world = cases.iter().filter(|case| case.ranks == ranks && library.runs(**case));
                 let rows: Vec<Row> = of_world.map(|&case| row(self, library, case)).collect();
-                match self.libraries[index].measure(ranks, &rows) {
+                let failure = match self.libraries[index].measure(ranks, &rows) {
                     Ok(mut measured) => {
                         eprintln!("  {library}, {ranks} ranks: {}", summary::line(&measured));
+                        let failure = summary::wrong_elements(&measured);
                         measurements.append(&mut measured);
+                        failure
                     }
-                    Err(error) => {
-                        let why = format!("{library} failed with {ranks} ranks: {error:#}");
-                        eprintln!("  {why}");
-                        self.failures.insert(library, why);
-                    }
+                    Err(error) => Some(format!("{error:#}")),
+                };
+                if let Some(why) = failure {
+                    let why = format!("{library} failed with {ranks} ranks: {why}");
+                    eprintln!("  {why}; it takes no further part");
+                    self.failures.insert(library, why);
                 }
             }
         }
@@ -203,11 +208,8 @@ impl Run {
     }
 
     fn must_be_in_order(&self) -> Result<()> {
-        let wrong = self.measurements.iter().filter(|measurement| measurement.wrong > 0);
-        let wrong = wrong.map(|m| format!("{}, {}: {} wrong elements", m.library, m.case, m.wrong));
-        let complaints: Vec<String> = self.failures.values().cloned().chain(wrong).collect();
-        if !complaints.is_empty() {
-            bail!("{}", complaints.join("; "));
+        if !self.failures.is_empty() {
+            bail!("{}", self.failures.values().cloned().collect::<Vec<_>>().join("\n"));
         }
         Ok(())
     }

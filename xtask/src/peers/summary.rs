@@ -48,6 +48,14 @@ pub fn line(measurements: &[Measurement]) -> String {
     out_of_place.map(|one| format!("{} {}", one.case.size(), us(one.mean_us))).collect::<Vec<_>>().join(", ")
 }
 
+/// What is wrong in one run of one library.
+pub fn wrong_elements(measurements: &[Measurement]) -> Option<String> {
+    let wrong = measurements.iter().filter(|one| one.wrong > 0);
+    let told = wrong.map(|one| format!("{} {}: {} wrong", one.case.size(), one.place.shown(), one.wrong));
+    let told = told.collect::<Vec<_>>().join(", ");
+    (!told.is_empty()).then_some(told)
+}
+
 /// The document with another generated section; `None` if it has no place for one.
 pub fn with_section(document: &str, section: &str) -> Option<String> {
     let (before, rest) = document.split_once(BEGIN)?;
@@ -209,6 +217,9 @@ mod tests {
         (all[0].wrong, all[1].wrong) = (3, 4);
         let text = tables(&[MIB], &[Library::Gloo], &all);
         assert!(text.contains("1.00 (1.00), 7 wrong") && text.contains("Wrong elements: 7"), "{text}");
+        let told = wrong_elements(&all);
+        assert_eq!(told.as_deref(), Some("1 MiB out of place: 3 wrong, 1 MiB out of place: 4 wrong"));
+        assert_eq!(wrong_elements(&measurements(Library::Gloo, MIB, &[1.0])), None);
     }
 
     #[test]
