@@ -90,8 +90,8 @@ fn steps(options: &Options, report: &mut Report, result: &mut Option<String>) ->
     let cases = workload::cases(options.quick);
     let before = Machine::look();
     let mut run = Run::new(libraries);
-    // Two places, a second each, for a dozen sizes and five libraries.
-    let budget = Budget::minutes(2.0 * f64::from(options.rounds() + 1));
+    // Two places, a second each at most, for a dozen sizes and five libraries.
+    let budget = Budget::minutes(2.5 * f64::from(options.rounds() + 1));
     report.step("peers: measure", budget, |_| {
         run.calibrate(&cases);
         (0..options.rounds()).for_each(|round| run.round(&cases, round, options.rounds()));
@@ -125,7 +125,8 @@ fn set_up(options: &Options, limit: Duration) -> Result<Vec<Ready>> {
 /// What has been measured so far.
 struct Run {
     libraries: Vec<Ready>,
-    /// How long a call took in the first, short round.
+    /// How long a call takes: the shortest mean so far. Of five calls on a busy machine one can take a thousand times as
+    /// long as the others, and then a row of it would be far too short in all rounds.
     estimates_us: BTreeMap<(Library, Case), f64>,
     measurements: Vec<Measurement>,
     /// Why a library takes no part any more.
@@ -143,9 +144,6 @@ impl Run {
         eprintln!("Calibrating: a few calls of each size");
         let rows = |_: &Self, _, case| Row { case, iterations: workload::FEWEST };
         for measurement in self.pass(cases, 0, &rows) {
-            let key = (measurement.library, measurement.case);
-            let estimate = self.estimates_us.entry(key).or_default();
-            *estimate = estimate.max(measurement.mean_us);
             // Its library takes no further part, so that no time of this round gets into a median.
             if measurement.wrong > 0 {
                 self.measurements.push(measurement);
@@ -182,6 +180,10 @@ impl Run {
                 let rows: Vec<Row> = of_world.map(|&case| row(self, library, case)).collect();
                 let failure = match self.libraries[index].measure(ranks, &rows) {
                     Ok(mut measured) => {
+                        for Measurement { case, mean_us, .. } in &measured {
+                            let estimate = self.estimates_us.entry((library, *case)).or_insert(*mean_us);
+                            *estimate = estimate.min(*mean_us);
+                        }
                         eprintln!("  {library}, {ranks} ranks: {}", summary::line(&measured));
                         let failure = summary::wrong_elements(&measured);
                         measurements.append(&mut measured);

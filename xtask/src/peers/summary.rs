@@ -36,8 +36,11 @@ pub fn tables(cases: &[Case], libraries: &[Library], measurements: &[Measurement
         "\nWrong elements: {wrong} in {} measurements, each with every element of every rank compared.\n",
         measurements.len()
     );
-    if !libraries.contains(&Library::PacelineRegistered) {
-        text += "Paceline with registered buffers was not measured: this build has no such thing.\n";
+    for missing in Library::ALL.iter().filter(|library| !libraries.contains(library)) {
+        text += &match missing.is_peer() {
+            true => format!("{missing} was not measured: the best peer is the best of the others.\n"),
+            false => format!("{missing} was not measured: this build has no such thing.\n"),
+        };
     }
     text
 }
@@ -196,7 +199,8 @@ mod tests {
             | 1 MiB   | 125 (120)     | 100 (100) | 80.0 (80.0)   | 0.80        | 65: missed, beats peers |\n";
         assert!(text.contains(expected), "{text}");
         assert!(text.contains("Wrong elements: 0 in 10 measurements"), "{text}");
-        assert!(text.contains("registered buffers was not measured"), "{text}");
+        assert!(text.contains("Gloo was not measured: the best peer is the best of the others"), "{text}");
+        assert!(text.contains("Paceline registered was not measured: this build has"), "{text}");
     }
 
     #[test]

@@ -20,7 +20,7 @@ pub struct Row {
 }
 
 /// What the calls of one row may take. Above 10 ms a row's mean no longer depends on one scheduling slice; a second keeps
-/// a round of all libraries below two minutes.
+/// a round of all libraries at two or three minutes.
 pub const ROW: Duration = Duration::from_secs(1);
 
 /// Below this there is no mean to speak of, so slower rows take longer.
