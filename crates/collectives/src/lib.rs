@@ -44,5 +44,7 @@ pub use communicator::{Algorithm, Communicator, Config, Order, Statistics};
 pub use dtype::{DType, Element, ReduceOp};
 pub use error::Error;
 pub use fault::Interrupter;
+#[doc(hidden)]
+pub use kernels::for_benches as kernels_for_benches;
 pub use operation::{Kind, Operation};
 pub use work::Work;
