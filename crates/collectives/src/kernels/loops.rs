@@ -90,10 +90,10 @@ unsafe fn fused<L, S, O, F, const W: usize>(
         }
         while count - at >= GROUP * lanes {
             let group = [
-                combined::<L, O, F, W>(&sources, at, world_size),
-                combined::<L, O, F, W>(&sources, at + lanes, world_size),
-                combined::<L, O, F, W>(&sources, at + 2 * lanes, world_size),
-                combined::<L, O, F, W>(&sources, at + 3 * lanes, world_size),
+                S::pack(combined::<L, O, F, W>(&sources, at, world_size)),
+                S::pack(combined::<L, O, F, W>(&sources, at + lanes, world_size)),
+                S::pack(combined::<L, O, F, W>(&sources, at + 2 * lanes, world_size)),
+                S::pack(combined::<L, O, F, W>(&sources, at + 3 * lanes, world_size)),
             ];
             for output in outputs {
                 put::<S, GROUP>(group, output.cast::<S::Element>().add(at), stores);
@@ -101,7 +101,7 @@ unsafe fn fused<L, S, O, F, const W: usize>(
             at += GROUP * lanes;
         }
         while count - at >= lanes {
-            let single = [combined::<L, O, F, W>(&sources, at, world_size)];
+            let single = [S::pack(combined::<L, O, F, W>(&sources, at, world_size))];
             for output in outputs {
                 put::<S, 1>(single, output.cast::<S::Element>().add(at), stores);
             }
@@ -138,7 +138,7 @@ unsafe fn one_by_one<L, S, O, F, const W: usize>(
     for at in range {
         // SAFETY: `at` is in the range that the caller promises; read before it is written.
         unsafe {
-            let single = combined::<L, O, F, W>(&sources, at, world_size);
+            let single = S::pack(combined::<L, O, F, W>(&sources, at, world_size));
             for output in outputs {
                 S::store(single, output.cast::<S::Element>().add(at));
             }
@@ -190,7 +190,7 @@ unsafe fn load<L: Format>(source: *const u8, at: usize) -> L::Acc {
 /// # Safety
 /// As for [`Kernel`], for the elements of N registers from `to`.
 #[inline(always)]
-unsafe fn put<S: Format, const N: usize>(registers: [S::Acc; N], to: *mut S::Element, stores: Stores) {
+unsafe fn put<S: Format, const N: usize>(registers: [S::Packed; N], to: *mut S::Element, stores: Stores) {
     let stream = stores == Stores::Streaming && to.addr().is_multiple_of(S::BYTES);
     for (i, register) in registers.into_iter().enumerate() {
         // SAFETY: the caller promises room for N registers; the alignment has been looked at.
@@ -225,7 +225,7 @@ unsafe fn scale_registers<P: Format>(factor: f64, from: *const u8, to: *mut u8, 
         let factor = P::Acc::splat(<P::Acc as Vector>::Lane::from_f64(factor));
         for at in range.step_by(P::Acc::LANES) {
             let scaled = P::load(from.cast::<P::Element>().add(at)).prod(factor).settle();
-            P::store(scaled, to.cast::<P::Element>().add(at));
+            P::store(P::pack(scaled), to.cast::<P::Element>().add(at));
         }
     }
 }

@@ -146,6 +146,7 @@ macro_rules! sixteen_bit_format {
             type Element = $element;
             type Acc = Array<f32, N>;
             type One = $name<1>;
+            type Packed = [$element; N];
 
             #[inline(always)]
             unsafe fn load(from: *const $element) -> Self::Acc {
@@ -154,16 +155,21 @@ macro_rules! sixteen_bit_format {
             }
 
             #[inline(always)]
-            unsafe fn store(acc: Self::Acc, to: *mut $element) {
+            unsafe fn pack(acc: Self::Acc) -> Self::Packed {
+                acc.0.map(<$element>::from_f32)
+            }
+
+            #[inline(always)]
+            unsafe fn store(packed: Self::Packed, to: *mut $element) {
                 // SAFETY: the caller promises N writable elements, aligned for their type.
-                unsafe { to.cast::<[$element; N]>().write(acc.0.map(<$element>::from_f32)) }
+                unsafe { to.cast::<[$element; N]>().write(packed) }
             }
 
             /// There is no portable way past the caches.
             #[inline(always)]
-            unsafe fn stream(acc: Self::Acc, to: *mut $element) {
+            unsafe fn stream(packed: Self::Packed, to: *mut $element) {
                 // SAFETY: the caller promises N writable elements, aligned for more than their type.
-                unsafe { Self::store(acc, to) }
+                unsafe { Self::store(packed, to) }
             }
         }
     )*};

@@ -42,10 +42,14 @@ pub(super) trait Format {
     /// Size of a register's elements in memory, and the alignment that [`Self::stream`] needs.
     const BYTES: usize = <Self::Acc as Vector>::LANES * size_of::<Self::Element>();
 
+    /// A register's elements, rounded and ready to be stored.
+    type Packed: Copy;
+
     unsafe fn load(from: *const Self::Element) -> Self::Acc;
-    unsafe fn store(acc: Self::Acc, to: *mut Self::Element);
+    unsafe fn pack(acc: Self::Acc) -> Self::Packed;
+    unsafe fn store(packed: Self::Packed, to: *mut Self::Element);
     /// Writes past the caches. `to` is aligned to [`Self::BYTES`].
-    unsafe fn stream(acc: Self::Acc, to: *mut Self::Element);
+    unsafe fn stream(packed: Self::Packed, to: *mut Self::Element);
 }
 
 /// Elements that are their own accumulators.
@@ -55,6 +59,7 @@ impl<V: Vector> Format for Full<V> {
     type Element = V::Lane;
     type Acc = V;
     type One = Full<Array<V::Lane, 1>>;
+    type Packed = V;
 
     #[inline(always)]
     unsafe fn load(from: *const V::Lane) -> V {
@@ -63,15 +68,20 @@ impl<V: Vector> Format for Full<V> {
     }
 
     #[inline(always)]
-    unsafe fn store(acc: V, to: *mut V::Lane) {
-        // SAFETY: the caller's promise is the one that `V::store` asks for.
-        unsafe { acc.store(to) }
+    unsafe fn pack(acc: V) -> V {
+        acc
     }
 
     #[inline(always)]
-    unsafe fn stream(acc: V, to: *mut V::Lane) {
+    unsafe fn store(packed: V, to: *mut V::Lane) {
+        // SAFETY: the caller's promise is the one that `V::store` asks for.
+        unsafe { packed.store(to) }
+    }
+
+    #[inline(always)]
+    unsafe fn stream(packed: V, to: *mut V::Lane) {
         // SAFETY: the caller's promise is the one that `V::stream` asks for.
-        unsafe { acc.stream(to) }
+        unsafe { packed.stream(to) }
     }
 }
 

@@ -326,41 +326,204 @@ operators! {
     };
 }
 
+/// Rounds f32 to the upper 16 bits, to the nearest and ties to even; the lower 16 are left over.
+///
+/// Just under half of the last place, plus one if that is odd, carries into it exactly when the rest is over
+/// half, or half and odd. The NaN of results stays itself. (vcvtneps2bf16 of AVX512_BF16 flushes subnormals.)
+///
+/// # Safety
+/// The CPU has AVX2.
+#[inline(always)]
+unsafe fn round_to_bf16_avx2(bits: __m256i) -> __m256i {
+    // SAFETY: the caller promises the features.
+    unsafe {
+        let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+        _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)))
+    }
+}
+
+/// [`round_to_bf16_avx2`] in 512 bits.
+///
+/// # Safety
+/// The CPU has AVX-512.
+#[inline(always)]
+unsafe fn round_to_bf16_avx512(bits: __m512i) -> __m512i {
+    // SAFETY: the caller promises the features.
+    unsafe {
+        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+        _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)))
+    }
+}
+
+/// Two registers of f32 as one, the lanes at even places in the first and at odd places in the second.
+///
+/// A register of bf16 falls into them without a shuffle, which is half of the work otherwise; only
+/// accumulators in memory, which are in order, have to be sorted.
+#[derive(Clone, Copy)]
+pub(super) struct Interleaved<V>(V, V);
+
+/// # Safety
+/// As for [`Vector`].
+pub(super) trait Interleave: Vector<Lane = f32> {
+    /// The lanes at even and at odd places of two registers in order.
+    unsafe fn split(first: Self, second: Self) -> Interleaved<Self>;
+    /// The two registers in order.
+    unsafe fn join(pair: Interleaved<Self>) -> (Self, Self);
+}
+
+impl Interleave for F32x8 {
+    #[inline(always)]
+    unsafe fn split(first: Self, second: Self) -> Interleaved<Self> {
+        // SAFETY: the promise of `Vector`: the features.
+        unsafe {
+            let even = _mm256_castps_pd(_mm256_shuffle_ps::<0b10_00_10_00>(first.0, second.0));
+            let odd = _mm256_castps_pd(_mm256_shuffle_ps::<0b11_01_11_01>(first.0, second.0));
+            Interleaved(
+                Self(_mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(even))),
+                Self(_mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(odd))),
+            )
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn join(Interleaved(even, odd): Interleaved<Self>) -> (Self, Self) {
+        // SAFETY: the promise of `Vector`: the features.
+        unsafe {
+            let low = _mm256_unpacklo_ps(even.0, odd.0);
+            let high = _mm256_unpackhi_ps(even.0, odd.0);
+            (Self(_mm256_permute2f128_ps::<0x20>(low, high)), Self(_mm256_permute2f128_ps::<0x31>(low, high)))
+        }
+    }
+}
+
+impl Interleave for F32x16 {
+    #[inline(always)]
+    unsafe fn split(first: Self, second: Self) -> Interleaved<Self> {
+        // SAFETY: the promise of `Vector`: the features.
+        unsafe {
+            let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+            let odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+            Interleaved(
+                Self(_mm512_permutex2var_ps(first.0, even, second.0)),
+                Self(_mm512_permutex2var_ps(first.0, odd, second.0)),
+            )
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn join(Interleaved(even, odd): Interleaved<Self>) -> (Self, Self) {
+        // SAFETY: the promise of `Vector`: the features.
+        unsafe {
+            let first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            let second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+            (
+                Self(_mm512_permutex2var_ps(even.0, first, odd.0)),
+                Self(_mm512_permutex2var_ps(even.0, second, odd.0)),
+            )
+        }
+    }
+}
+
+/// Combines both registers, one like the other.
+macro_rules! combine_both {
+    ($($method:ident),*) => {$(
+        #[inline(always)]
+        unsafe fn $method(self, other: Self) -> Self {
+            // SAFETY: the promise of `Vector`: the features.
+            unsafe { Self(self.0.$method(other.0), self.1.$method(other.1)) }
+        }
+    )*};
+}
+
+impl<V: Interleave> Vector for Interleaved<V> {
+    type Lane = f32;
+    const LANES: usize = 2 * V::LANES;
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the promise of `Vector`: two readable registers, and the features.
+        unsafe { V::split(V::load(from), V::load(from.add(V::LANES))) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the promise of `Vector`: two writable registers, and the features.
+        unsafe {
+            let (first, second) = V::join(self);
+            first.store(to);
+            second.store(to.add(V::LANES));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn stream(self, to: *mut f32) {
+        // SAFETY: the promise of `Vector`: two writable and aligned registers, and the features.
+        unsafe {
+            let (first, second) = V::join(self);
+            first.stream(to);
+            second.stream(to.add(V::LANES));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn splat(lane: f32) -> Self {
+        // SAFETY: the promise of `Vector`: the features.
+        unsafe { Self(V::splat(lane), V::splat(lane)) }
+    }
+
+    combine_both!(sum, prod, min, max);
+
+    #[inline(always)]
+    unsafe fn divide(self, by: usize) -> Self {
+        // SAFETY: the promise of `Vector`: the features.
+        unsafe { Self(self.0.divide(by), self.1.divide(by)) }
+    }
+
+    #[inline(always)]
+    unsafe fn settle(self) -> Self {
+        // SAFETY: the promise of `Vector`: the features.
+        unsafe { Self(self.0.settle(), self.1.settle()) }
+    }
+}
+
 /// A [`Format`] of 16-bit floats.
 macro_rules! sixteen_bit_format {
     (
-        $(#[$doc:meta])*
-        $name:ident: $element:ty, accumulated in $acc:ident, one by one as $one:ty;
+        $name:ident: $element:ty, accumulated in $acc:ty, one by one as $one:ty;
         load($from:ident) = $load:expr;
-        narrow($v:ident) = $narrow:expr;
-        store: $store:ident, stream: $stream:ident
+        pack($v:ident) = $pack:expr;
+        in $packed:ty, store: $store:ident, stream: $stream:ident
     ) => {
-        $(#[$doc])*
         pub(super) struct $name;
 
         impl Format for $name {
             type Element = $element;
             type Acc = $acc;
             type One = $one;
+            type Packed = $packed;
 
             #[inline(always)]
             unsafe fn load($from: *const $element) -> $acc {
                 // SAFETY: the promise of `Format`: readable elements, and the features.
-                $acc(unsafe { $load })
+                unsafe { $load }
             }
 
             #[inline(always)]
-            unsafe fn store(acc: $acc, to: *mut $element) {
-                let $v = acc.0;
+            unsafe fn pack($v: $acc) -> $packed {
+                // SAFETY: the promise of `Format`: the features.
+                unsafe { $pack }
+            }
+
+            #[inline(always)]
+            unsafe fn store(packed: $packed, to: *mut $element) {
                 // SAFETY: the promise of `Format`: room for the elements, and the features.
-                unsafe { $store(to.cast(), $narrow) }
+                unsafe { $store(to.cast(), packed) }
             }
 
             #[inline(always)]
-            unsafe fn stream(acc: $acc, to: *mut $element) {
-                let $v = acc.0;
+            unsafe fn stream(packed: $packed, to: *mut $element) {
                 // SAFETY: the promise of `Format`: aligned room for the elements, and the features.
-                unsafe { $stream(to.cast(), $narrow) }
+                unsafe { $stream(to.cast(), packed) }
             }
         }
     };
@@ -368,48 +531,51 @@ macro_rules! sixteen_bit_format {
 
 sixteen_bit_format! {
     F16x8: f16, accumulated in F32x8, one by one as portable::F16<1>;
-    load(from) = _mm256_cvtph_ps(_mm_loadu_si128(from.cast()));
-    narrow(v) = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v);
-    store: _mm_storeu_si128, stream: _mm_stream_si128
+    load(from) = F32x8(_mm256_cvtph_ps(_mm_loadu_si128(from.cast())));
+    pack(v) = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v.0);
+    in __m128i, store: _mm_storeu_si128, stream: _mm_stream_si128
 }
 
 sixteen_bit_format! {
     F16x16: f16, accumulated in F32x16, one by one as portable::F16<1>;
-    load(from) = _mm512_cvtph_ps(_mm256_loadu_si256(from.cast()));
-    narrow(v) = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v);
-    store: _mm256_storeu_si256, stream: _mm256_stream_si256
-}
-
-// To the nearest, ties to even: just under half of the last place, plus one if that is odd, carries into
-// it exactly when the rest is over half, or half and odd. The NaN of results stays one.
-// (vcvtneps2bf16 of AVX512_BF16 would flush subnormals.)
-sixteen_bit_format! {
-    Bf16x8: bf16, accumulated in F32x8, one by one as portable::Bf16<1>;
-    load(from) = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(
-        _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()))
-    ));
-    narrow(v) = {
-        let bits = _mm256_castps_si256(v);
-        let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-        let up = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
-        let rounded = _mm256_srli_epi32::<16>(_mm256_add_epi32(bits, up));
-        _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256::<1>(rounded))
-    };
-    store: _mm_storeu_si128, stream: _mm_stream_si128
+    load(from) = F32x16(_mm512_cvtph_ps(_mm256_loadu_si256(from.cast())));
+    pack(v) = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v.0);
+    in __m256i, store: _mm256_storeu_si256, stream: _mm256_stream_si256
 }
 
 sixteen_bit_format! {
-    Bf16x16: bf16, accumulated in F32x16, one by one as portable::Bf16<1>;
-    load(from) = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(
-        _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()))
-    ));
-    narrow(v) = {
-        let bits = _mm512_castps_si512(v);
-        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-        let up = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-        _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(_mm512_add_epi32(bits, up)))
+    Bf16x16: bf16, accumulated in Interleaved<F32x8>, one by one as portable::Bf16<1>;
+    load(from) = {
+        let pairs = _mm256_loadu_si256(from.cast());
+        let odd = _mm256_and_si256(pairs, _mm256_set1_epi32(!0xffff));
+        Interleaved(
+            F32x8(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs))),
+            F32x8(_mm256_castsi256_ps(odd)),
+        )
     };
-    store: _mm256_storeu_si256, stream: _mm256_stream_si256
+    pack(v) = {
+        let even = _mm256_srli_epi32::<16>(round_to_bf16_avx2(_mm256_castps_si256(v.0.0)));
+        _mm256_blend_epi16::<0b1010_1010>(even, round_to_bf16_avx2(_mm256_castps_si256(v.1.0)))
+    };
+    in __m256i, store: _mm256_storeu_si256, stream: _mm256_stream_si256
+}
+
+sixteen_bit_format! {
+    Bf16x32: bf16, accumulated in Interleaved<F32x16>, one by one as portable::Bf16<1>;
+    load(from) = {
+        let pairs = _mm512_loadu_si512(from.cast());
+        let odd = _mm512_and_si512(pairs, _mm512_set1_epi32(!0xffff));
+        Interleaved(
+            F32x16(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs))),
+            F32x16(_mm512_castsi512_ps(odd)),
+        )
+    };
+    pack(v) = {
+        let even = _mm512_srli_epi32::<16>(round_to_bf16_avx512(_mm512_castps_si512(v.0.0)));
+        let odd = round_to_bf16_avx512(_mm512_castps_si512(v.1.0));
+        _mm512_mask_mov_epi16(even, 0xaaaa_aaaa, odd)
+    };
+    in __m512i, store: _mm512_storeu_si512, stream: _mm512_stream_si512
 }
 
 /// Orders stores past the caches before all later stores.
@@ -426,7 +592,7 @@ pub(super) mod avx2 {
 
     kernel_table! {
         features "avx2,f16c";
-        f32: Full<F32x8>, f64: Full<F64x4>, f16: F16x8, bf16: Bf16x8,
+        f32: Full<F32x8>, f64: Full<F64x4>, f16: F16x8, bf16: Bf16x16,
         i8: Full<I8x32>, u8: Full<U8x32>, i32: Full<I32x8>, i64: Full<I64x4>, u64: Full<U64x4>
     }
 }
@@ -439,7 +605,7 @@ pub(super) mod avx512 {
 
     kernel_table! {
         features "avx512f,avx512bw,avx512dq,avx512vl,f16c";
-        f32: Full<F32x16>, f64: Full<F64x8>, f16: F16x16, bf16: Bf16x16,
+        f32: Full<F32x16>, f64: Full<F64x8>, f16: F16x16, bf16: Bf16x32,
         i8: Full<I8x64>, u8: Full<U8x64>, i32: Full<I32x16>, i64: Full<I64x8>, u64: Full<U64x8>
     }
 }
