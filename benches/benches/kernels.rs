@@ -1,0 +1,123 @@
+//! The reduction kernels of every level that this CPU has, checked against a scalar sum before each is
+//! timed. Bytes per second count every byte read and written: world size + 1 buffers.
+//!
+//! Buffers of up to 1 MiB are stored through the caches, larger ones past them. `copy` is the roof of what
+//! memory gives.
+
+use std::time::Duration;
+
+use criterion::measurement::WallTime;
+use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput};
+use paceline_collectives::dtype::{bf16, f16};
+use paceline_collectives::kernels_for_benches::{Level, Reduction, Stores, copy};
+use paceline_collectives::{DType, ReduceOp};
+
+const SIZES: [usize; 4] = [4 << 10, 64 << 10, 1 << 20, 16 << 20];
+const DTYPES: [DType; 4] = [DType::F32, DType::BF16, DType::F16, DType::I8];
+const WORLDS: [usize; 2] = [2, 4];
+
+/// From where on a result is stored past the caches, which the largest size of the suite is to show.
+const STREAMING_BYTES: usize = 4 << 20;
+
+fn main() {
+    let mut criterion = Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(200))
+        .measurement_time(Duration::from_millis(500))
+        .configure_from_args();
+    for bytes in SIZES {
+        let mut group = criterion.benchmark_group(format!("kernels_{bytes}_bytes"));
+        bench_copy(&mut group, bytes);
+        for dtype in DTYPES {
+            for world_size in WORLDS {
+                for level in Level::available() {
+                    bench_sum(&mut group, level, dtype, world_size, bytes);
+                }
+            }
+        }
+        group.finish();
+    }
+    criterion.final_summary();
+}
+
+fn bench_copy(group: &mut BenchmarkGroup<'_, WallTime>, bytes: usize) {
+    let from = Buffer::new(bytes, |i| i as u8);
+    let mut to = Buffer::new(bytes, |_| 0);
+    group.throughput(Throughput::Bytes(2 * bytes as u64));
+    group.bench_function("copy", |bencher| {
+        bencher.iter(|| copy(from.bytes(), to.bytes_mut(), stores(bytes)));
+    });
+    assert!(to.bytes() == from.bytes(), "a copy is wrong");
+}
+
+fn bench_sum(
+    group: &mut BenchmarkGroup<'_, WallTime>,
+    level: Level,
+    dtype: DType,
+    world_size: usize,
+    bytes: usize,
+) {
+    let value = |rank: usize, i: usize| ((i * 7 + rank * 3) % 13) as i8 - 6;
+    let sources: Vec<Buffer> = (0..world_size)
+        .map(|rank| Buffer::of_elements(dtype, bytes, |i| i32::from(value(rank, i))))
+        .collect();
+    let sum = |i| (0..world_size).map(|rank| i32::from(value(rank, i))).sum();
+    let expected = Buffer::of_elements(dtype, bytes, sum);
+    let sources: Vec<&[u8]> = sources.iter().map(Buffer::bytes).collect();
+    let mut output = Buffer::new(bytes, |_| 0);
+    let mut reduction = Reduction::new(level, dtype, ReduceOp::Sum, world_size);
+    reduction.reduce(&sources, output.bytes_mut(), stores(bytes));
+    assert!(output.bytes() == expected.bytes(), "a sum is wrong");
+
+    group.throughput(Throughput::Bytes((world_size as u64 + 1) * bytes as u64));
+    let id = BenchmarkId::new(format!("{dtype}_sum_of_{world_size}"), level.name());
+    group.bench_function(id, |bencher| {
+        bencher.iter(|| reduction.reduce(&sources, output.bytes_mut(), stores(bytes)));
+    });
+}
+
+fn stores(bytes: usize) -> Stores {
+    if bytes < STREAMING_BYTES { Stores::Cached } else { Stores::Streaming }
+}
+
+/// Bytes that start at a cache line, as the buffers of a back end do.
+struct Buffer {
+    storage: Vec<u8>,
+    start: usize,
+    len: usize,
+}
+
+impl Buffer {
+    fn new(len: usize, byte: impl Fn(usize) -> u8) -> Self {
+        let mut storage = vec![0; len + 64];
+        let start = storage.as_ptr().align_offset(64);
+        for (i, place) in storage[start..start + len].iter_mut().enumerate() {
+            *place = byte(i);
+        }
+        Self { storage, start, len }
+    }
+
+    /// Small integers, which every dtype holds and sums exactly.
+    fn of_elements(dtype: DType, len: usize, value: impl Fn(usize) -> i32) -> Self {
+        let mut buffer = Self::new(len, |_| 0);
+        for (i, element) in buffer.bytes_mut().chunks_exact_mut(dtype.size()).enumerate() {
+            let value = value(i);
+            match dtype {
+                DType::F32 => element.copy_from_slice(&(value as f32).to_ne_bytes()),
+                DType::F16 => element.copy_from_slice(&f16::from_f32(value as f32).to_ne_bytes()),
+                DType::BF16 => element.copy_from_slice(&bf16::from_f32(value as f32).to_ne_bytes()),
+                DType::I8 => element.copy_from_slice(&(value as i8).to_ne_bytes()),
+                other => unreachable!("{other} is not in the suite"),
+            }
+        }
+        buffer
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.storage[self.start..self.start + self.len]
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.storage[self.start..self.start + self.len]
+    }
+}
