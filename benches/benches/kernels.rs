@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use criterion::measurement::WallTime;
-use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput};
+use criterion::{BenchmarkGroup, BenchmarkId, Criterion, SamplingMode, Throughput};
 use paceline_collectives::dtype::{bf16, f16};
 use paceline_collectives::kernels_for_benches::{Level, Reduction, Stores, copy};
 use paceline_collectives::{DType, ReduceOp};
@@ -21,12 +21,15 @@ const STREAMING_BYTES: usize = 4 << 20;
 
 fn main() {
     let mut criterion = Criterion::default()
+        .without_plots()
         .sample_size(10)
         .warm_up_time(Duration::from_millis(200))
         .measurement_time(Duration::from_millis(500))
         .configure_from_args();
     for bytes in SIZES {
         let mut group = criterion.benchmark_group(format!("kernels_{bytes}_bytes"));
+        // Not the default, which runs the slowest of the suite 55 times for its ten samples.
+        group.sampling_mode(SamplingMode::Flat);
         bench_copy(&mut group, bytes);
         for dtype in DTYPES {
             for world_size in WORLDS {
@@ -43,11 +46,13 @@ fn main() {
 fn bench_copy(group: &mut BenchmarkGroup<'_, WallTime>, bytes: usize) {
     let from = Buffer::new(bytes, |i| i as u8);
     let mut to = Buffer::new(bytes, |_| 0);
+    copy(from.bytes(), to.bytes_mut(), stores(bytes));
+    assert!(to.bytes() == from.bytes(), "a copy is wrong");
+
     group.throughput(Throughput::Bytes(2 * bytes as u64));
     group.bench_function("copy", |bencher| {
         bencher.iter(|| copy(from.bytes(), to.bytes_mut(), stores(bytes)));
     });
-    assert!(to.bytes() == from.bytes(), "a copy is wrong");
 }
 
 fn bench_sum(
