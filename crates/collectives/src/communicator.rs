@@ -463,7 +463,6 @@ impl Drop for Communicator {
 }
 
 /// A checked, numbered call.
-#[derive(Clone, Copy)]
 struct Call {
     operation: Operation,
     plan: Plan,
@@ -503,10 +502,15 @@ impl Call {
 fn code(schedule: Schedule) -> u8 {
     match schedule {
         Schedule::AllReduceDirect
+        | Schedule::ReduceDirect { .. }
         | Schedule::ReduceScatterDirect
         | Schedule::AllGatherDirect
-        | Schedule::BroadcastDirect { .. } => 1,
+        | Schedule::BroadcastDirect { .. }
+        | Schedule::Gather { .. }
+        | Schedule::Scatter { .. }
+        | Schedule::AllToAll => 1,
         Schedule::AllReduceRing
+        | Schedule::ReduceChain { .. }
         | Schedule::ReduceScatterRing
         | Schedule::AllGatherRing
         | Schedule::BroadcastChain { .. } => 2,

@@ -66,6 +66,8 @@ struct Scratch {
     /// A ring's partial result, and the one that comes in.
     partial: Vec<u64>,
     received_partial: Vec<u64>,
+    /// A reduced segment on its way to a root.
+    reduced: Vec<u64>,
 }
 
 /// One operation on its way through the engine.
@@ -217,6 +219,7 @@ impl Engine {
                     let bytes = span.len * running.operation.dtype.accumulator().size();
                     &bytemuck::cast_slice(&self.scratch.partial)[..bytes]
                 }
+                Place::Reduced => &bytemuck::cast_slice(&self.scratch.reduced)[..span.len * size],
                 Place::Staged => unreachable!("schedules send nothing from the staging area"),
             };
             while !send.frame.is_done() {
@@ -266,7 +269,7 @@ impl Engine {
             Place::Partial => {
                 &mut bytemuck::cast_slice_mut(&mut self.scratch.received_partial)[..span.len * size]
             }
-            Place::Input => unreachable!("schedules never write the input"),
+            Place::Input | Place::Reduced => unreachable!("schedules never receive to there"),
         };
         let result = loop {
             if received == into.len() {
@@ -483,6 +486,14 @@ impl Engine {
                 let staged = |peer| scratch.staged(peer, input.len * size);
                 kernels(reducer).reduce(self.transport.rank(), own, staged, output);
             }
+            Local::ReduceStagedAside { input } => {
+                let mut reduced = std::mem::take(&mut scratch.reduced);
+                let own = Own::Separate(buffers.input(input, size));
+                let staged = |peer| scratch.staged(peer, input.len * size);
+                let output = &mut bytemuck::cast_slice_mut(&mut reduced)[..input.len * size];
+                kernels(reducer).reduce(self.transport.rank(), own, staged, output);
+                scratch.reduced = reduced;
+            }
             Local::StartPartial { input } => {
                 kernels(reducer).start_partial(buffers.input(input, size), &mut scratch.partial);
             }
@@ -509,14 +520,17 @@ impl Scratch {
         let partial = round.locals.iter().map(|local| match *local {
             Local::StartPartial { input } | Local::AddToPartial { input } => input.len,
             Local::FinishPartial { output } => output.len,
-            Local::Copy { .. } | Local::ReduceStaged { .. } => 0,
+            Local::Copy { .. } | Local::ReduceStaged { .. } | Local::ReduceStagedAside { .. } => 0,
         });
         let needed = words(partial.max().unwrap_or(0) * operation.dtype.accumulator().size());
         for buffer in [&mut self.partial, &mut self.received_partial] {
-            if buffer.len() < needed {
-                buffer.resize(needed, 0);
-            }
+            grow(buffer, needed);
         }
+        let aside = round.locals.iter().map(|local| match *local {
+            Local::ReduceStagedAside { input } => input.len,
+            _ => 0,
+        });
+        grow(&mut self.reduced, words(aside.max().unwrap_or(0) * operation.dtype.size()));
     }
 
     fn staged(&self, peer: usize, bytes: usize) -> &[u8] {
@@ -531,8 +545,14 @@ impl Scratch {
 /// Size of one element of a place, on the wire and in memory, in bytes.
 fn wire_size(place: Place, operation: &Operation) -> usize {
     match place {
-        Place::Input | Place::Output | Place::Staged => operation.dtype.size(),
+        Place::Input | Place::Output | Place::Staged | Place::Reduced => operation.dtype.size(),
         Place::Partial => operation.dtype.accumulator().size(),
+    }
+}
+
+fn grow(buffer: &mut Vec<u64>, needed: usize) {
+    if buffer.len() < needed {
+        buffer.resize(needed, 0);
     }
 }
 

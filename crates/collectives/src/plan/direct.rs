@@ -4,58 +4,70 @@
 
 use super::{Local, Place, Plan, Round, Span};
 
-/// The reduction of segment k and the distribution of segment k - 1 share a round.
-pub(super) fn all_reduce_rounds(plan: &Plan) -> usize {
-    match plan.segments(plan.chunk(0).len) {
+/// As many as the longest part has segments; one more where results are passed on.
+pub(super) fn reduce_rounds(plan: &Plan) -> usize {
+    let longest = (0..plan.world_size).map(|owner| plan.owned(owner).len).max().unwrap_or(0);
+    let passes_on = |peer| plan.result(plan.rank, peer).is_some() || plan.result(peer, plan.rank).is_some();
+    match plan.segments(longest) {
         0 => 0,
-        segments => segments + usize::from(plan.world_size > 1),
+        segments => segments + usize::from(plan.peers().any(passes_on)),
     }
 }
 
-pub(super) fn all_reduce(plan: &Plan, index: usize, round: &mut Round) {
-    let contribution = |owner: usize| plan.segment(plan.chunk(owner), index);
-    let result = |owner: usize| match index.checked_sub(1) {
-        Some(before) => plan.segment(plan.chunk(owner), before),
-        None => Span { start: 0, len: 0 },
+/// Every collective that reduces. The reduction of segment k and the passing on of segment k - 1 share a
+/// round.
+pub(super) fn reduce(plan: &Plan, index: usize, round: &mut Round) {
+    let contribution = |owner: usize| plan.segment(plan.owned(owner), index);
+    let before = |span: Span| match index.checked_sub(1) {
+        Some(before) => plan.segment(span, before),
+        None => Span { start: span.start, len: 0 },
     };
+    let own_result = plan.result(plan.rank, plan.rank);
     for peer in plan.peers() {
         round.send(peer, Place::Input, contribution(peer));
-        round.send(peer, Place::Output, result(plan.rank));
+        match (plan.result(plan.rank, peer), own_result) {
+            (Some(_), Some(own)) => round.send(peer, Place::Output, before(own)),
+            (Some(theirs), None) => round.send(peer, Place::Reduced, before(theirs)),
+            (None, _) => {}
+        }
         round.receive(peer, Place::Staged, contribution(plan.rank));
-        round.receive(peer, Place::Output, result(peer));
+        if let Some(result) = plan.result(peer, plan.rank) {
+            round.receive(peer, Place::Output, before(result));
+        }
     }
-    let own = contribution(plan.rank);
-    if !own.is_empty() {
-        round.locals.push(Local::ReduceStaged { input: own, output_start: own.start });
+    let input = contribution(plan.rank);
+    if input.is_empty() {
+        return;
     }
+    round.locals.push(match own_result {
+        Some(result) => Local::ReduceStaged { input, output_start: plan.segment(result, index).start },
+        None => Local::ReduceStagedAside { input },
+    });
 }
 
-pub(super) fn reduce_scatter(plan: &Plan, index: usize, round: &mut Round) {
-    let chunk = |owner: usize| Span { start: owner * plan.len, len: plan.len };
-    let own = plan.segment(chunk(plan.rank), index);
-    for peer in plan.peers() {
-        round.send(peer, Place::Input, plan.segment(chunk(peer), index));
-        round.receive(peer, Place::Staged, own);
-    }
-    round.locals.push(Local::ReduceStaged { input: own, output_start: own.start - chunk(plan.rank).start });
+/// As many as the longest piece to or from this rank has segments.
+pub(super) fn copy_rounds(plan: &Plan) -> usize {
+    let pieces = (0..plan.world_size)
+        .flat_map(|other| [plan.piece(plan.rank, other), plan.piece(other, plan.rank)])
+        .flatten();
+    plan.segments(pieces.map(|(input, _)| input.len).max().unwrap_or(0))
 }
 
-pub(super) fn all_gather(plan: &Plan, index: usize, round: &mut Round) {
-    let own = plan.segment(Span { start: 0, len: plan.len }, index);
+/// Every collective that only copies: each piece goes straight to where it belongs.
+pub(super) fn copy(plan: &Plan, index: usize, round: &mut Round) {
     for peer in plan.peers() {
-        round.send(peer, Place::Input, own);
-        round.receive(peer, Place::Output, own.at(peer * plan.len + own.start));
+        if let Some((input, _)) = plan.piece(plan.rank, peer) {
+            round.send(peer, Place::Input, plan.segment(input, index));
+        }
+        if let Some((_, output)) = plan.piece(peer, plan.rank) {
+            round.receive(peer, Place::Output, plan.segment(output, index));
+        }
     }
-    round.locals.push(Local::Copy { input: own, output_start: plan.rank * plan.len + own.start });
-}
-
-pub(super) fn broadcast(plan: &Plan, root: usize, index: usize, round: &mut Round) {
-    let span = plan.segment(Span { start: 0, len: plan.len }, index);
-    if plan.rank != root {
-        return round.receive(root, Place::Output, span);
-    }
-    for peer in plan.peers() {
-        round.send(peer, Place::Output, span);
+    if let Some((input, output)) = plan.piece(plan.rank, plan.rank) {
+        let (input, output) = (plan.segment(input, index), plan.segment(output, index));
+        if !input.is_empty() {
+            round.locals.push(Local::Copy { input, output_start: output.start });
+        }
     }
 }
 

@@ -14,14 +14,20 @@
 //! | direct all_reduce: every chunk goes to its owner, who reduces and sends it to all | segments + 1 | 2(n-1)/n S | tree over ranks |
 //! | ring all_reduce (Patarasuk & Yuan, JPDC 69(2), 2009) | (2n-1) per segment | 2(n-1)/n S | around the ring |
 //! | direct, ring reduce_scatter; direct, ring all_gather | the halves of the above | (n-1)/n S | as above |
+//! | direct reduce: as all_reduce, but results go to the root only | segments + 1 | root: (n-1)/n S, others: S | tree over ranks |
+//! | chain reduce, pipelined | segments + 1 | S | along the chain |
 //! | direct broadcast | segments | root: (n-1) S | |
 //! | chain broadcast, pipelined | segments + 1 | S | |
+//! | gather, scatter, all_to_all: every part goes straight to where it belongs | segments | (n-1)/n S at the root, or everywhere | |
 //! | barrier by dissemination (Hensgen, Finkel & Manber 1988) | log2 n | 0 | |
 
 mod direct;
 #[cfg(test)]
 mod replay;
 mod ring;
+mod shares;
+
+pub use shares::Shares;
 
 /// A range of elements of a buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -56,6 +62,8 @@ pub enum Place {
     /// The partial result of a ring, one segment in the accumulator type: sent from here, received
     /// beside it.
     Partial,
+    /// The reduction of one segment, in the dtype, on a rank that only passes it on.
+    Reduced,
 }
 
 /// One message of a round.
@@ -65,7 +73,8 @@ pub struct Transfer {
     pub peer: usize,
     /// Which buffer of this rank.
     pub place: Place,
-    /// Which elements of it. For [`Place::Staged`] and [`Place::Partial`] only the length counts.
+    /// Which elements of it. For [`Place::Staged`], [`Place::Partial`] and [`Place::Reduced`] only the
+    /// length counts.
     pub span: Span,
 }
 
@@ -85,6 +94,11 @@ pub enum Local {
         input: Span,
         /// Where the result goes in the output.
         output_start: usize,
+    },
+    /// `reduced` = the tree over the ranks of the staged contributions and `input[input]`
+    ReduceStagedAside {
+        /// This rank's own contribution.
+        input: Span,
     },
     /// `partial = input[input]`, widened
     StartPartial {
@@ -142,11 +156,21 @@ pub enum Schedule {
     AllReduceDirect,
     /// The same around a ring.
     AllReduceRing,
-    /// world × len elements in, len out: rank i gets the reduction of chunk i.
+    /// len elements in on every rank, len out on the root; rank i reduces chunk i for it.
+    ReduceDirect {
+        /// The rank that gets the reduction.
+        root: usize,
+    },
+    /// The same along the chain root + 1, root + 2, …, root.
+    ReduceChain {
+        /// The rank that gets the reduction.
+        root: usize,
+    },
+    /// The shares of all ranks in, the own share out: rank i gets the reduction of share i.
     ReduceScatterDirect,
     /// The same around a ring.
     ReduceScatterRing,
-    /// len elements in, world × len out.
+    /// The own share in, the shares of all ranks out.
     AllGatherDirect,
     /// The same around a ring.
     AllGatherRing,
@@ -160,6 +184,18 @@ pub enum Schedule {
         /// The rank that has the elements.
         root: usize,
     },
+    /// The own share in, the shares of all ranks out on the root.
+    Gather {
+        /// The rank that gets the elements.
+        root: usize,
+    },
+    /// The shares of all ranks in on the root, the own share out.
+    Scatter {
+        /// The rank that has the elements.
+        root: usize,
+    },
+    /// One part for each rank in, one part from each rank out.
+    AllToAll,
     /// No elements; nobody leaves before everybody has entered.
     Barrier,
     /// len elements of the input to one peer.
@@ -175,48 +211,75 @@ pub enum Schedule {
 }
 
 /// One rank's part in a collective.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
     schedule: Schedule,
     world_size: usize,
     rank: usize,
-    len: usize,
+    shares: Shares,
     segment_len: usize,
 }
 
 impl Plan {
-    /// The plan of `rank` of `world_size`. `len` counts elements as [`Schedule`] says; no transfer is
-    /// longer than `segment_len` elements.
+    /// The plan of `rank` of `world_size`. `shares` are lengths in elements as [`Schedule`] says; a plain
+    /// number is the length, or that of each share. No transfer is longer than `segment_len` elements.
     ///
     /// # Panics
-    /// If `rank` or a root or peer is not below `world_size`, or `segment_len` is 0: the communicator
-    /// has checked them.
-    pub fn new(schedule: Schedule, world_size: usize, rank: usize, len: usize, segment_len: usize) -> Self {
-        assert!(rank < world_size && segment_len > 0, "the communicator checks its arguments");
-        if let Schedule::BroadcastDirect { root: other }
-        | Schedule::BroadcastChain { root: other }
-        | Schedule::SendTo { peer: other }
-        | Schedule::ReceiveFrom { peer: other } = schedule
-        {
-            assert!(other < world_size, "the communicator checks its arguments");
-        }
-        Self { schedule, world_size, rank, len, segment_len }
+    /// If `rank` or a root or peer is not below `world_size`, `segment_len` is 0, or `shares` are not of the
+    /// kind that the schedule has: the communicator has checked them.
+    pub fn new(
+        schedule: Schedule,
+        world_size: usize,
+        rank: usize,
+        shares: impl Into<Shares>,
+        segment_len: usize,
+    ) -> Self {
+        let shares = shares.into();
+        let right_shares = match schedule {
+            Schedule::AllGatherDirect
+            | Schedule::AllGatherRing
+            | Schedule::ReduceScatterDirect
+            | Schedule::ReduceScatterRing
+            | Schedule::Gather { .. }
+            | Schedule::Scatter { .. } => shares.are_by_rank(world_size),
+            Schedule::AllToAll => shares.are_by_pair(world_size),
+            _ => shares.even().is_some(),
+        };
+        let other = match schedule {
+            Schedule::BroadcastDirect { root }
+            | Schedule::BroadcastChain { root }
+            | Schedule::ReduceDirect { root }
+            | Schedule::ReduceChain { root }
+            | Schedule::Gather { root }
+            | Schedule::Scatter { root } => root,
+            Schedule::SendTo { peer } | Schedule::ReceiveFrom { peer } => peer,
+            _ => rank,
+        };
+        assert!(
+            rank < world_size && other < world_size && segment_len > 0 && right_shares,
+            "the communicator checks its arguments"
+        );
+        Self { schedule, world_size, rank, shares, segment_len }
     }
 
     /// The number of rounds of this rank.
     pub fn rounds(&self) -> usize {
         match self.schedule {
-            Schedule::AllReduceDirect => direct::all_reduce_rounds(self),
-            Schedule::ReduceScatterDirect | Schedule::AllGatherDirect | Schedule::BroadcastDirect { .. } => {
-                self.segments(self.len)
+            Schedule::AllReduceDirect | Schedule::ReduceDirect { .. } | Schedule::ReduceScatterDirect => {
+                direct::reduce_rounds(self)
             }
+            Schedule::AllGatherDirect
+            | Schedule::BroadcastDirect { .. }
+            | Schedule::Gather { .. }
+            | Schedule::Scatter { .. }
+            | Schedule::AllToAll => direct::copy_rounds(self),
             Schedule::AllReduceRing => self.segments(self.chunk(0).len) * ring::all_reduce_rounds(self),
             Schedule::ReduceScatterRing | Schedule::AllGatherRing => {
-                self.segments(self.len) * self.world_size
+                self.segments(self.shares.longest()) * self.world_size
             }
-            Schedule::BroadcastChain { .. } => ring::broadcast_rounds(self),
+            Schedule::ReduceChain { .. } | Schedule::BroadcastChain { .. } => ring::chain_rounds(self),
             Schedule::Barrier => self.world_size.next_power_of_two().trailing_zeros() as usize,
-            Schedule::SendTo { .. } | Schedule::ReceiveFrom { .. } => self.segments(self.len).max(1),
+            Schedule::SendTo { .. } | Schedule::ReceiveFrom { .. } => self.segments(self.whole().len).max(1),
         }
     }
 
@@ -224,30 +287,103 @@ impl Plan {
     pub fn round(&self, index: usize, round: &mut Round) {
         round.clear();
         match self.schedule {
-            Schedule::AllReduceDirect => direct::all_reduce(self, index, round),
+            Schedule::AllReduceDirect | Schedule::ReduceDirect { .. } | Schedule::ReduceScatterDirect => {
+                direct::reduce(self, index, round);
+            }
             Schedule::AllReduceRing => ring::all_reduce(self, index, round),
-            Schedule::ReduceScatterDirect => direct::reduce_scatter(self, index, round),
+            Schedule::ReduceChain { root } => ring::reduce(self, root, index, round),
             Schedule::ReduceScatterRing => ring::reduce_scatter(self, index, round),
-            Schedule::AllGatherDirect => direct::all_gather(self, index, round),
+            Schedule::AllGatherDirect
+            | Schedule::BroadcastDirect { .. }
+            | Schedule::Gather { .. }
+            | Schedule::Scatter { .. }
+            | Schedule::AllToAll => direct::copy(self, index, round),
             Schedule::AllGatherRing => ring::all_gather(self, index, round),
-            Schedule::BroadcastDirect { root } => direct::broadcast(self, root, index, round),
             Schedule::BroadcastChain { root } => ring::broadcast(self, root, index, round),
             Schedule::Barrier => direct::barrier(self, index, round),
             // Not Round::send: an empty message is still a message.
             Schedule::SendTo { peer } => {
-                let span = self.segment(Span { start: 0, len: self.len }, index);
+                let span = self.segment(self.whole(), index);
                 round.sends.push(Transfer { peer, place: Place::Input, span });
             }
             Schedule::ReceiveFrom { peer } => {
-                let span = self.segment(Span { start: 0, len: self.len }, index);
+                let span = self.segment(self.whole(), index);
                 round.receives.push(Transfer { peer, place: Place::Output, span });
             }
         }
     }
 
-    /// The share of rank `index` in `len` elements: as even as can be, the longer ones first.
+    /// Which elements of the input of rank `from` a collective that copies puts into the output of rank
+    /// `to`, and where; `None` when there are none by the nature of the collective, and for all others.
+    /// Both spans have the same length, which may be 0. Equal on whichever rank's plan it is asked.
+    ///
+    /// In a broadcast, input and output are the same buffer.
+    pub(crate) fn piece(&self, from: usize, to: usize) -> Option<(Span, Span)> {
+        match self.schedule {
+            Schedule::AllGatherDirect | Schedule::AllGatherRing => {
+                let share = self.shares.of_rank(from);
+                Some((share.at(0), share))
+            }
+            Schedule::BroadcastDirect { root } | Schedule::BroadcastChain { root } => {
+                (from == root).then(|| (self.whole(), self.whole()))
+            }
+            Schedule::Gather { root } => {
+                let share = self.shares.of_rank(from);
+                (to == root).then(|| (share.at(0), share))
+            }
+            Schedule::Scatter { root } => {
+                let share = self.shares.of_rank(to);
+                (from == root).then(|| (share, share.at(0)))
+            }
+            Schedule::AllToAll => Some(self.shares.of_pair(self.world_size, from, to)),
+            Schedule::AllReduceDirect
+            | Schedule::AllReduceRing
+            | Schedule::ReduceDirect { .. }
+            | Schedule::ReduceChain { .. }
+            | Schedule::ReduceScatterDirect
+            | Schedule::ReduceScatterRing
+            | Schedule::Barrier
+            | Schedule::SendTo { .. }
+            | Schedule::ReceiveFrom { .. } => None,
+        }
+    }
+
+    /// The elements of the inputs of a collective that reduces whose reduction is the work of rank `owner`,
+    /// when each rank has its part of it; nothing in all others. Equal on whichever rank's plan it is asked.
+    /// The parts of all ranks are disjoint and make up the input.
+    pub(crate) fn owned(&self, owner: usize) -> Span {
+        match self.schedule {
+            Schedule::AllReduceDirect
+            | Schedule::AllReduceRing
+            | Schedule::ReduceDirect { .. }
+            | Schedule::ReduceChain { .. } => self.chunk(owner),
+            Schedule::ReduceScatterDirect | Schedule::ReduceScatterRing => self.shares.of_rank(owner),
+            _ => Span { start: 0, len: 0 },
+        }
+    }
+
+    /// Where the reduction of what rank `owner` [owns](Self::owned) goes in the output of rank `to`; `None`
+    /// when it does not go there. As long as what is owned, and equal on whichever rank's plan it is asked.
+    pub(crate) fn result(&self, owner: usize, to: usize) -> Option<Span> {
+        let owned = self.owned(owner);
+        match self.schedule {
+            Schedule::AllReduceDirect | Schedule::AllReduceRing => Some(owned),
+            Schedule::ReduceDirect { root } | Schedule::ReduceChain { root } => (to == root).then_some(owned),
+            Schedule::ReduceScatterDirect | Schedule::ReduceScatterRing => (to == owner).then(|| owned.at(0)),
+            _ => None,
+        }
+    }
+
+    /// All elements, where there is one length.
+    fn whole(&self) -> Span {
+        let len = self.shares.even().expect("checked when the plan was made");
+        Span { start: 0, len }
+    }
+
+    /// The part of rank `index` in all elements: as even as can be, the longer ones first.
     fn chunk(&self, index: usize) -> Span {
-        let (base, longer) = (self.len / self.world_size, self.len % self.world_size);
+        let len = self.whole().len;
+        let (base, longer) = (len / self.world_size, len % self.world_size);
         Span { start: index * base + index.min(longer), len: base + usize::from(index < longer) }
     }
 

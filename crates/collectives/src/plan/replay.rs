@@ -67,12 +67,12 @@ struct Rank {
     staged: Vec<Option<Vec<Expr>>>,
     partial: Vec<Expr>,
     received_partial: Option<Vec<Expr>>,
+    reduced: Vec<Expr>,
 }
 
 impl Rank {
     fn new(plan: Plan, input: Vec<Expr>, output: Option<Vec<Expr>>) -> Self {
         let mut rank = Self {
-            plan,
             index: 0,
             round: Round::default(),
             sends: VecDeque::new(),
@@ -80,8 +80,10 @@ impl Rank {
             input,
             output,
             staged: vec![None; plan.world_size],
+            plan,
             partial: Vec::new(),
             received_partial: None,
+            reduced: Vec::new(),
         };
         rank.enter_round();
         rank
@@ -113,6 +115,10 @@ impl Rank {
                 assert_eq!(self.partial.len(), span.len, "the whole partial is sent");
                 self.partial.clone()
             }
+            Place::Reduced => {
+                assert_eq!(self.reduced.len(), span.len, "the whole segment is sent");
+                self.reduced.clone()
+            }
             Place::Staged => panic!("nothing is sent from the staging area"),
         }
     }
@@ -120,7 +126,9 @@ impl Rank {
     fn put(&mut self, transfer: Transfer, values: Vec<Expr>) {
         let overlaps = |send: &Transfer| {
             let (a, b) = (send.span, transfer.span);
-            send.place != Place::Partial && a.start < b.start + b.len && b.start < a.start + a.len
+            matches!(send.place, Place::Input | Place::Output)
+                && a.start < b.start + b.len
+                && b.start < a.start + a.len
         };
         match transfer.place {
             Place::Output => {
@@ -139,7 +147,7 @@ impl Rank {
             Place::Partial => {
                 assert!(self.received_partial.replace(values).is_none(), "a partial is overwritten unread");
             }
-            Place::Input => panic!("the input is never written"),
+            Place::Input | Place::Reduced => panic!("nothing is received to there"),
         }
     }
 
@@ -163,15 +171,10 @@ impl Rank {
                 self.output()[range(input.at(output_start))].clone_from_slice(&values);
             }
             Local::ReduceStaged { input, output_start } => {
-                let mut staged = std::mem::replace(&mut self.staged, vec![None; self.plan.world_size]);
-                staged[self.plan.rank] = Some(slice(&self.input, input));
-                let staged: Vec<Vec<Expr>> =
-                    staged.into_iter().map(|slot| slot.expect("a contribution from every rank")).collect();
-                let values: Vec<Expr> = (0..input.len)
-                    .map(|i| tree(0, self.plan.world_size, &|rank| staged[rank][i].clone()))
-                    .collect();
+                let values = self.reduce_staged(input);
                 self.output()[range(input.at(output_start))].clone_from_slice(&values);
             }
+            Local::ReduceStagedAside { input } => self.reduced = self.reduce_staged(input),
             Local::StartPartial { input } => self.partial = slice(&self.input, input),
             Local::AddToPartial { input } => {
                 let received = self.received_partial.take().unwrap_or_default();
@@ -188,6 +191,16 @@ impl Rank {
                 self.output()[range(output)].clone_from_slice(&values);
             }
         }
+    }
+}
+
+impl Rank {
+    fn reduce_staged(&mut self, input: Span) -> Vec<Expr> {
+        let mut staged = std::mem::replace(&mut self.staged, vec![None; self.plan.world_size]);
+        staged[self.plan.rank] = Some(slice(&self.input, input));
+        let staged: Vec<Vec<Expr>> =
+            staged.into_iter().map(|slot| slot.expect("a contribution from every rank")).collect();
+        (0..input.len).map(|i| tree(0, self.plan.world_size, &|rank| staged[rank][i].clone())).collect()
     }
 }
 
@@ -403,9 +416,9 @@ fn a_message_between_two_ranks_is_cut_alike_on_both_sides() {
             let mut ranks: Vec<Rank> = plans
                 .iter()
                 .enumerate()
-                .map(|(rank, &plan)| {
+                .map(|(rank, plan)| {
                     Rank::new(
-                        plan,
+                        plan.clone(),
                         (0..len).map(|element| leaf(rank, element)).collect(),
                         Some(untouched(len)),
                     )

@@ -23,15 +23,15 @@ pub(super) fn all_reduce(plan: &Plan, index: usize, round: &mut Round) {
 
 pub(super) fn reduce_scatter(plan: &Plan, index: usize, round: &mut Round) {
     let (segment, step) = (index / plan.world_size, index % plan.world_size);
-    let span = |chunk: usize| plan.segment(Span { start: chunk * plan.len, len: plan.len }, segment);
-    reduce_step(plan, step, round, span, |own| own.at(own.start - plan.rank * plan.len));
+    let span = |rank: usize| plan.segment(plan.shares.of_rank(rank), segment);
+    reduce_step(plan, step, round, span, |own| own.at(own.start - plan.shares.of_rank(plan.rank).start));
 }
 
 pub(super) fn all_gather(plan: &Plan, index: usize, round: &mut Round) {
     let (segment, step) = (index / plan.world_size, index % plan.world_size);
-    let span = |chunk: usize| plan.segment(Span { start: chunk * plan.len, len: plan.len }, segment);
+    let span = |rank: usize| plan.segment(plan.shares.of_rank(rank), segment);
     if step == 0 {
-        let input = plan.segment(Span { start: 0, len: plan.len }, segment);
+        let input = plan.segment(plan.shares.of_rank(plan.rank).at(0), segment);
         return round.locals.push(Local::Copy { input, output_start: span(plan.rank).start });
     }
     gather_step(plan, step - 1, round, span);
@@ -67,23 +67,45 @@ fn gather_step(plan: &Plan, step: usize, round: &mut Round, span: impl Fn(usize)
 }
 
 /// Segment k comes in while segment k - 1 goes out.
-pub(super) fn broadcast_rounds(plan: &Plan) -> usize {
-    match plan.segments(plan.len) {
+pub(super) fn chain_rounds(plan: &Plan) -> usize {
+    match plan.segments(plan.whole().len) {
         0 => 0,
         segments => segments + 1,
     }
 }
 
 pub(super) fn broadcast(plan: &Plan, root: usize, index: usize, round: &mut Round) {
-    let whole = Span { start: 0, len: plan.len };
     let position = (plan.rank + plan.world_size - root) % plan.world_size;
     if position > 0 {
-        round.receive(left(plan), Place::Output, plan.segment(whole, index));
+        round.receive(left(plan), Place::Output, plan.segment(plan.whole(), index));
     }
     if position + 1 < plan.world_size
         && let Some(before) = index.checked_sub(1)
     {
-        round.send(right(plan), Place::Output, plan.segment(whole, before));
+        round.send(right(plan), Place::Output, plan.segment(plan.whole(), before));
+    }
+}
+
+/// The rank after the root begins the partial, which ends at the root.
+pub(super) fn reduce(plan: &Plan, root: usize, index: usize, round: &mut Round) {
+    let position = (plan.rank + 2 * plan.world_size - root - 1) % plan.world_size;
+    let span = plan.segment(plan.whole(), index);
+    if plan.rank != root
+        && let Some(before) = index.checked_sub(1)
+    {
+        round.send(right(plan), Place::Partial, plan.segment(plan.whole(), before));
+    }
+    if span.is_empty() {
+        return;
+    }
+    if position == 0 {
+        round.locals.push(Local::StartPartial { input: span });
+    } else {
+        round.receive(left(plan), Place::Partial, span);
+        round.locals.push(Local::AddToPartial { input: span });
+    }
+    if plan.rank == root {
+        round.locals.push(Local::FinishPartial { output: span });
     }
 }
 
