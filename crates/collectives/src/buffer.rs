@@ -17,13 +17,30 @@ pub(crate) enum Buffers<'a> {
         output: &'a mut [u8],
     },
     /// One buffer, read and then written.
-    InPlace(&'a mut [u8]),
+    InPlace {
+        /// The memory.
+        buffer: &'a mut [u8],
+        /// Where input and output begin in it.
+        starts: Starts,
+    },
+}
+
+/// Where input and output begin in the buffer that has both, in elements.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Starts {
+    pub(crate) input: usize,
+    pub(crate) output: usize,
 }
 
 impl<'a> Buffers<'a> {
     /// An operation that replaces its input by its result.
     pub(crate) fn in_place<T: Element>(buffer: &'a mut [T]) -> Self {
-        Self::InPlace(bytemuck::cast_slice_mut(buffer))
+        Self::within(buffer, Starts::default())
+    }
+
+    /// An operation whose input is a part of its output, or the other way.
+    pub(crate) fn within<T: Element>(buffer: &'a mut [T], starts: Starts) -> Self {
+        Self::InPlace { buffer: bytemuck::cast_slice_mut(buffer), starts }
     }
 
     /// An operation that reads one buffer and writes another; either may be empty.
@@ -35,7 +52,7 @@ impl<'a> Buffers<'a> {
     pub(crate) fn input(&self, span: Span, size: usize) -> &[u8] {
         match self {
             Self::Separate { input, .. } => &input[bytes(span, size)],
-            Self::InPlace(buffer) => &buffer[bytes(span, size)],
+            Self::InPlace { buffer, starts } => &buffer[bytes(after(starts.input, span), size)],
         }
     }
 
@@ -43,7 +60,7 @@ impl<'a> Buffers<'a> {
     pub(crate) fn output(&self, span: Span, size: usize) -> &[u8] {
         match self {
             Self::Separate { output, .. } => &output[bytes(span, size)],
-            Self::InPlace(buffer) => &buffer[bytes(span, size)],
+            Self::InPlace { buffer, starts } => &buffer[bytes(after(starts.output, span), size)],
         }
     }
 
@@ -51,7 +68,7 @@ impl<'a> Buffers<'a> {
     pub(crate) fn output_mut(&mut self, span: Span, size: usize) -> &mut [u8] {
         match self {
             Self::Separate { output, .. } => &mut output[bytes(span, size)],
-            Self::InPlace(buffer) => &mut buffer[bytes(span, size)],
+            Self::InPlace { buffer, starts } => &mut buffer[bytes(after(starts.output, span), size)],
         }
     }
 
@@ -67,15 +84,21 @@ impl<'a> Buffers<'a> {
             Self::Separate { input, output } => {
                 (Some(&input[bytes(input_span, size)]), &mut output[bytes(output_span, size)])
             }
-            Self::InPlace(buffer) => {
+            Self::InPlace { buffer, starts } => {
+                let output_span = after(starts.output, output_span);
                 assert_eq!(
-                    input_span, output_span,
+                    after(starts.input, input_span),
+                    output_span,
                     "schedules of in-place operations keep elements in place"
                 );
                 (None, &mut buffer[bytes(output_span, size)])
             }
         }
     }
+}
+
+fn after(start: usize, span: Span) -> Span {
+    Span { start: start + span.start, len: span.len }
 }
 
 fn bytes(span: Span, size: usize) -> std::ops::Range<usize> {

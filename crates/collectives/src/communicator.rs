@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 use paceline_transport::Transport;
 use paceline_transport::frame::PAYLOAD_LIMIT;
 
-use crate::buffer::Buffers;
+use crate::buffer::{Buffers, Starts};
 use crate::dtype::{DType, Element, ReduceOp};
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::fault::{Fault, Interrupter};
 use crate::kernels::Reducer;
-use crate::operation::{Kind, Operation};
-use crate::plan::{Plan, Schedule};
+use crate::operation::{self, Kind, Operation};
+use crate::plan::{Plan, Schedule, Shares};
 use crate::progress::Progress;
 use crate::work::Work;
 
@@ -180,6 +180,7 @@ impl Communicator {
             _ if self.world_size == 1 => ("local", "there is no other rank"),
             (Kind::Barrier, _) => ("dissemination", "it is the only schedule of a barrier"),
             (Kind::Message { .. }, _) => ("message", "two ranks share one link"),
+            (kind, _) if has_one_schedule(kind) => ("direct", "every part goes straight to where it belongs"),
             (_, true) if self.config.algorithm == Algorithm::Ring => ("ring", "the algorithm is set to ring"),
             (_, false) if self.config.algorithm == Algorithm::Direct => {
                 ("direct", "the algorithm is set to direct")
@@ -187,6 +188,7 @@ impl Communicator {
             (_, true) => ("chain", "4 segments or more: each link carries the buffer once"),
             (Kind::Broadcast { .. }, false) if self.world_size == 2 => ("direct", "there is one other rank"),
             (Kind::Broadcast { .. }, false) => ("direct", "less than 4 segments: one latency to each rank"),
+            (Kind::Reduce { .. }, false) => ("direct", "every rank reduces its part, in the fixed order"),
             (_, false) => ("direct", "a ring's bytes in fewer latencies, and the fixed order"),
         };
         Ok((name.to_owned(), why.to_owned()))
@@ -238,7 +240,43 @@ impl Communicator {
     /// started; all others come from the returned [`Work`].
     pub fn all_reduce_start<T: Element>(&mut self, buffer: Vec<T>, op: ReduceOp) -> Result<Work<T>, Error> {
         let call = self.call::<T>(Kind::AllReduce(op), buffer.len())?;
-        self.start(call, buffer)
+        self.start(call, buffer, Starts::default())
+    }
+
+    /// Reduces all ranks' buffers and replaces the root's by the result (NCCL: `ncclReduce` in place, MPI:
+    /// `MPI_Reduce` with `MPI_IN_PLACE`).
+    ///
+    /// `buffer` has the same length on all ranks; those of other ranks than `root` are only read. The result
+    /// has the order, and the bits, of [`all_reduce`](Self::all_reduce). Blocks; on other ranks than the root
+    /// until they have done their part of the work.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when there is no such root or the configured algorithm cannot keep the order;
+    /// otherwise fatal ones.
+    pub fn reduce<T: Element>(&mut self, buffer: &mut [T], op: ReduceOp, root: usize) -> Result<(), Error> {
+        self.check_rank("reduce", "root", root)?;
+        let call = self.call::<T>(Kind::Reduce { op, root }, buffer.len())?;
+        self.run(call, Buffers::in_place(buffer))
+    }
+
+    /// [`reduce`](Self::reduce) from one buffer into another of the same length. `output` is used on the
+    /// root only; on other ranks it may have any length, and is left as it is.
+    ///
+    /// # Errors
+    /// As [`reduce`](Self::reduce); [`Error::Usage`] when the lengths differ on the root.
+    pub fn reduce_into<T: Element>(
+        &mut self,
+        input: &[T],
+        output: &mut [T],
+        op: ReduceOp,
+        root: usize,
+    ) -> Result<(), Error> {
+        self.check_rank("reduce", "root", root)?;
+        if self.rank == root {
+            check_len("reduce", "output", output.len(), input.len(), "as long as the input")?;
+        }
+        let call = self.call::<T>(Kind::Reduce { op, root }, input.len())?;
+        self.run(call, Buffers::separate(input, output))
     }
 
     /// Reduces all ranks' inputs and gives chunk i to rank i (NCCL: `ncclReduceScatter`, MPI:
@@ -262,6 +300,66 @@ impl Communicator {
         self.run(call, Buffers::separate(input, output))
     }
 
+    /// [`reduce_scatter`](Self::reduce_scatter) that puts this rank's chunk of the reduction where this
+    /// rank's chunk of the input is (NCCL: in place). The other chunks of `buffer` stay as they are.
+    ///
+    /// `buffer` holds world size chunks of the same length. Blocks.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when the length is no multiple of the world size or the configured algorithm cannot
+    /// keep the order; otherwise fatal ones.
+    pub fn reduce_scatter_in_place<T: Element>(
+        &mut self,
+        buffer: &mut [T],
+        op: ReduceOp,
+    ) -> Result<(), Error> {
+        let share = self.share("reduce_scatter", "buffer", buffer.len())?;
+        let call = self.call::<T>(Kind::ReduceScatter(op), share)?;
+        self.run(call, Buffers::within(buffer, self.output_share(share)))
+    }
+
+    /// Starts a [`reduce_scatter_in_place`](Self::reduce_scatter_in_place) that owns its buffer meanwhile,
+    /// and returns at once.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] as there, and when the progress thread cannot be started; all others come from the
+    /// returned [`Work`].
+    pub fn reduce_scatter_start<T: Element>(
+        &mut self,
+        buffer: Vec<T>,
+        op: ReduceOp,
+    ) -> Result<Work<T>, Error> {
+        let share = self.share("reduce_scatter", "buffer", buffer.len())?;
+        let call = self.call::<T>(Kind::ReduceScatter(op), share)?;
+        self.start(call, buffer, self.output_share(share))
+    }
+
+    /// Reduces all ranks' inputs and gives rank i its share, which has its own length (MPI:
+    /// `MPI_Reduce_scatter`).
+    ///
+    /// `counts[i]` is the length of rank i's share, in elements; 0 is allowed, and all ranks have the same
+    /// `counts`. `input` holds all shares in rank order, `output` this rank's. The sums have the order, and
+    /// the bits, of [`all_reduce`](Self::all_reduce). Blocks.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when lengths and counts do not fit or the configured algorithm cannot keep the order;
+    /// otherwise fatal ones, among them [`Error::Mismatch`] when ranks have different counts.
+    pub fn reduce_scatter_v<T: Element>(
+        &mut self,
+        input: &[T],
+        output: &mut [T],
+        counts: &[usize],
+        op: ReduceOp,
+    ) -> Result<(), Error> {
+        self.check_counts("reduce_scatter_v", ("counts", counts), ("input", input.len()))?;
+        let share = counts[self.rank];
+        check_len("reduce_scatter_v", "output", output.len(), share, "this rank's count")?;
+        let kind = Kind::ReduceScatterV { op, counts: operation::digest(counts) };
+        let shares = shares_of(counts);
+        let call = self.call_shared::<T>(kind, input.len(), shares)?;
+        self.run(call, Buffers::separate(input, output))
+    }
+
     /// Gives every rank the inputs of all ranks, in rank order (NCCL: `ncclAllGather`, MPI:
     /// `MPI_Allgather`).
     ///
@@ -276,6 +374,138 @@ impl Communicator {
         self.run(call, Buffers::separate(input, output))
     }
 
+    /// [`all_gather`](Self::all_gather) whose input is this rank's chunk of the output (NCCL: in place, MPI:
+    /// `MPI_IN_PLACE`).
+    ///
+    /// `buffer` holds world size chunks of the same length. Blocks.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when the length is no multiple of the world size; otherwise fatal ones.
+    pub fn all_gather_in_place<T: Element>(&mut self, buffer: &mut [T]) -> Result<(), Error> {
+        let share = self.share("all_gather", "buffer", buffer.len())?;
+        let call = self.call::<T>(Kind::AllGather, share)?;
+        self.run(call, Buffers::within(buffer, self.input_share(share)))
+    }
+
+    /// Starts an [`all_gather_in_place`](Self::all_gather_in_place) that owns its buffer meanwhile, and
+    /// returns at once.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] as there, and when the progress thread cannot be started; all others come from the
+    /// returned [`Work`].
+    pub fn all_gather_start<T: Element>(&mut self, buffer: Vec<T>) -> Result<Work<T>, Error> {
+        let share = self.share("all_gather", "buffer", buffer.len())?;
+        let call = self.call::<T>(Kind::AllGather, share)?;
+        self.start(call, buffer, self.input_share(share))
+    }
+
+    /// Gives every rank the inputs of all ranks, in rank order, when they differ in length (MPI:
+    /// `MPI_Allgatherv`).
+    ///
+    /// `counts[i]` is the length of rank i's input, in elements; 0 is allowed, and all ranks have the same
+    /// `counts`. `output` holds their sum. Blocks.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when lengths and counts do not fit; otherwise fatal ones, among them
+    /// [`Error::Mismatch`] when ranks have different counts.
+    pub fn all_gather_v<T: Element>(
+        &mut self,
+        input: &[T],
+        output: &mut [T],
+        counts: &[usize],
+    ) -> Result<(), Error> {
+        self.check_counts("all_gather_v", ("counts", counts), ("output", output.len()))?;
+        check_len("all_gather_v", "input", input.len(), counts[self.rank], "this rank's count")?;
+        let kind = Kind::AllGatherV { counts: operation::digest(counts) };
+        let shares = shares_of(counts);
+        let call = self.call_shared::<T>(kind, output.len(), shares)?;
+        self.run(call, Buffers::separate(input, output))
+    }
+
+    /// Gives the root the inputs of all ranks, in rank order (NCCL: `ncclGather`, MPI: `MPI_Gather`).
+    ///
+    /// `input` has the same length on all ranks. `output` holds world size times as many on the root; on
+    /// other ranks it may have any length, and is left as it is. Blocks; on other ranks than the root until
+    /// the link has taken the elements, not until the root has them.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when there is no such root or the lengths do not fit; otherwise fatal ones.
+    pub fn gather<T: Element>(&mut self, input: &[T], output: &mut [T], root: usize) -> Result<(), Error> {
+        self.check_rank("gather", "root", root)?;
+        let expected = self.total("gather", input.len())?;
+        if self.rank == root {
+            check_len("gather", "output", output.len(), expected, "world size times the input")?;
+        }
+        let call = self.call::<T>(Kind::Gather { root }, input.len())?;
+        self.run(call, Buffers::separate(input, output))
+    }
+
+    /// Gives chunk i of the root's input to rank i (NCCL: `ncclScatter`, MPI: `MPI_Scatter`).
+    ///
+    /// `output` has the same length on all ranks. `input` holds world size times as many on the root; on
+    /// other ranks it may have any length, and is not read. Blocks; on the root until the links have taken
+    /// the elements, not until the others have them.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when there is no such root or the lengths do not fit; otherwise fatal ones.
+    pub fn scatter<T: Element>(&mut self, input: &[T], output: &mut [T], root: usize) -> Result<(), Error> {
+        self.check_rank("scatter", "root", root)?;
+        let expected = self.total("scatter", output.len())?;
+        if self.rank == root {
+            check_len("scatter", "input", input.len(), expected, "world size times the output")?;
+        }
+        let call = self.call::<T>(Kind::Scatter { root }, output.len())?;
+        self.run(call, Buffers::separate(input, output))
+    }
+
+    /// Gives chunk i of this rank's input to rank i, and takes one from each (NCCL: `ncclAlltoAll`, MPI:
+    /// `MPI_Alltoall`).
+    ///
+    /// `input` and `output` hold world size chunks of the same length, equal on all ranks. Blocks.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when the lengths differ or are no multiple of the world size; otherwise fatal ones.
+    pub fn all_to_all<T: Element>(&mut self, input: &[T], output: &mut [T]) -> Result<(), Error> {
+        let share = self.share("all_to_all", "input", input.len())?;
+        check_len("all_to_all", "output", output.len(), input.len(), "as long as the input")?;
+        let call = self.call::<T>(Kind::AllToAll, share)?;
+        self.run(call, Buffers::separate(input, output))
+    }
+
+    /// [`all_to_all`](Self::all_to_all) of parts that differ in length (MPI: `MPI_Alltoallv` with parts that
+    /// follow each other).
+    ///
+    /// `send_counts[i]` elements go to rank i, `recv_counts[i]` come from it; 0 is allowed. `input` holds the
+    /// parts to all ranks in rank order, `output` those from all ranks. Blocks.
+    ///
+    /// First all ranks tell each other their counts, which costs one more latency and makes it two operations
+    /// in the numbering; so they all notice when two of them disagree.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when lengths and counts do not fit; the same on all ranks, with nothing exchanged and
+    /// the communicator as good as before, when one rank sends another more or less than that one expects.
+    /// Otherwise fatal ones.
+    pub fn all_to_all_v<T: Element>(
+        &mut self,
+        input: &[T],
+        send_counts: &[usize],
+        output: &mut [T],
+        recv_counts: &[usize],
+    ) -> Result<(), Error> {
+        let name = "all_to_all_v";
+        self.check_counts(name, ("send_counts", send_counts), ("input", input.len()))?;
+        self.check_counts(name, ("recv_counts", recv_counts), ("output", output.len()))?;
+        let told = self.tell_counts(send_counts, recv_counts)?;
+        let usage = |reason| Error::Usage { operation: name, reason };
+        let counts = counts_of_pairs(self.world_size, &told).map_err(usage)?;
+        let shares = Shares::by_pair(self.world_size, &counts)
+            .ok_or_else(|| usage("the counts of a rank are more than memory holds".to_owned()))?;
+        let total = counts.iter().fold(0usize, |total, &count| total.saturating_add(count));
+        let kind = Kind::AllToAllV { counts: operation::digest(&counts) };
+        let call = self.call_shared::<T>(kind, total, shares)?;
+        self.run(call, Buffers::separate(input, output))
+    }
+
     /// Replaces `buffer` on every rank by that of `root` (NCCL: `ncclBroadcast`, MPI: `MPI_Bcast`).
     ///
     /// `buffer` has the same length on all ranks. Blocks; on the root until the links have taken the
@@ -287,6 +517,17 @@ impl Communicator {
         self.check_rank("broadcast", "root", root)?;
         let call = self.call::<T>(Kind::Broadcast { root }, buffer.len())?;
         self.run(call, Buffers::in_place(buffer))
+    }
+
+    /// Starts a [`broadcast`](Self::broadcast) that owns its buffer meanwhile, and returns at once.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] as there, and when the progress thread cannot be started; all others come from the
+    /// returned [`Work`].
+    pub fn broadcast_start<T: Element>(&mut self, buffer: Vec<T>, root: usize) -> Result<Work<T>, Error> {
+        self.check_rank("broadcast", "root", root)?;
+        let call = self.call::<T>(Kind::Broadcast { root }, buffer.len())?;
+        self.start(call, buffer, Starts::default())
     }
 
     /// Returns when every rank has called it (MPI: `MPI_Barrier`). Blocks.
@@ -338,6 +579,11 @@ impl Communicator {
 
     /// Checks and numbers a call, and chooses its schedule.
     fn call<T: Element>(&mut self, kind: Kind, count: usize) -> Result<Call, Error> {
+        self.call_shared::<T>(kind, count, count.into())
+    }
+
+    /// [`call`](Self::call) for shares that may differ in length.
+    fn call_shared<T: Element>(&mut self, kind: Kind, count: usize, shares: Shares) -> Result<Call, Error> {
         let schedule = self.schedule::<T>(kind, count)?;
         // At most 32 MiB / 1, so it fits the header; 16-bit sums travel as f32 in rings.
         let segment_len = self.config.segment_bytes / T::DTYPE.size();
@@ -351,7 +597,7 @@ impl Communicator {
             schedule: code(schedule),
         };
         self.issued += u64::from(!message);
-        Ok(Call { operation, plan: Plan::new(schedule, self.world_size, self.rank, count, segment_len) })
+        Ok(Call { operation, plan: Plan::new(schedule, self.world_size, self.rank, shares, segment_len) })
     }
 
     fn schedule<T: Element>(&self, kind: Kind, count: usize) -> Result<Schedule, Error> {
@@ -359,10 +605,17 @@ impl Communicator {
         Ok(match (kind, ring) {
             (Kind::AllReduce(_), false) => Schedule::AllReduceDirect,
             (Kind::AllReduce(_), true) => Schedule::AllReduceRing,
-            (Kind::ReduceScatter(_), false) => Schedule::ReduceScatterDirect,
-            (Kind::ReduceScatter(_), true) => Schedule::ReduceScatterRing,
-            (Kind::AllGather, false) => Schedule::AllGatherDirect,
-            (Kind::AllGather, true) => Schedule::AllGatherRing,
+            (Kind::Reduce { root, .. }, false) => Schedule::ReduceDirect { root },
+            (Kind::Reduce { root, .. }, true) => Schedule::ReduceChain { root },
+            (Kind::ReduceScatter(_) | Kind::ReduceScatterV { .. }, false) => Schedule::ReduceScatterDirect,
+            (Kind::ReduceScatter(_) | Kind::ReduceScatterV { .. }, true) => Schedule::ReduceScatterRing,
+            (Kind::AllGather | Kind::AllGatherV { .. }, true) => Schedule::AllGatherRing,
+            (Kind::AllGather | Kind::AllGatherV { .. } | Kind::AllToAllCounts, _) => {
+                Schedule::AllGatherDirect
+            }
+            (Kind::Gather { root }, _) => Schedule::Gather { root },
+            (Kind::Scatter { root }, _) => Schedule::Scatter { root },
+            (Kind::AllToAll | Kind::AllToAllV { .. }, _) => Schedule::AllToAll,
             (Kind::Broadcast { root }, false) => Schedule::BroadcastDirect { root },
             (Kind::Broadcast { root }, true) => Schedule::BroadcastChain { root },
             (Kind::Barrier, _) => Schedule::Barrier,
@@ -377,9 +630,10 @@ impl Communicator {
         // link does; below about 4 segments the chain's n - 1 latencies cost more than that saves.
         let long = bytes >= 4 * self.config.segment_bytes;
         match (self.config.algorithm, kind) {
-            (Algorithm::Direct, _) | (_, Kind::Barrier | Kind::Message { .. }) => Ok(false),
-            (Algorithm::Ring, Kind::AllReduce(_) | Kind::ReduceScatter(_))
-                if self.config.order == Order::Fixed && self.world_size > 2 =>
+            (Algorithm::Direct, _) => Ok(false),
+            (_, kind) if has_one_schedule(kind) => Ok(false),
+            (Algorithm::Ring, kind)
+                if kind.op().is_some() && self.config.order == Order::Fixed && self.world_size > 2 =>
             {
                 Err(Error::Usage {
                     operation: name(kind),
@@ -400,12 +654,17 @@ impl Communicator {
         self.progress.run(|engine| call.run(engine, buffers, world_size, &counters))
     }
 
-    fn start<T: Element>(&mut self, call: Call, mut buffer: Vec<T>) -> Result<Work<T>, Error> {
+    fn start<T: Element>(
+        &mut self,
+        call: Call,
+        mut buffer: Vec<T>,
+        starts: Starts,
+    ) -> Result<Work<T>, Error> {
         let (work, slot) = Work::new();
         let (world_size, counters) = (self.world_size, self.counters.clone());
         let name = call.operation.name();
         let job = Box::new(move |engine: &mut Engine| {
-            let outcome = call.run(engine, Buffers::in_place(&mut buffer), world_size, &counters);
+            let outcome = call.run(engine, Buffers::within(&mut buffer, starts), world_size, &counters);
             slot.complete(outcome.map(|()| buffer));
         });
         match self.progress.start(job) {
@@ -426,6 +685,55 @@ impl Communicator {
                 self.world_size
             ),
         })
+    }
+
+    /// The length of each share of a buffer that has one for each rank.
+    fn share(&self, operation: &'static str, buffer: &str, len: usize) -> Result<usize, Error> {
+        if len.is_multiple_of(self.world_size) {
+            return Ok(len / self.world_size);
+        }
+        let reason = format!(
+            "the {buffer} has {len} elements and needs the same for each of {} ranks",
+            self.world_size
+        );
+        Err(Error::Usage { operation, reason })
+    }
+
+    /// For a buffer that is the output, with the input at this rank's share of it.
+    fn input_share(&self, share: usize) -> Starts {
+        Starts { input: self.rank * share, output: 0 }
+    }
+
+    /// For a buffer that is the input, with the output at this rank's share of it.
+    fn output_share(&self, share: usize) -> Starts {
+        Starts { input: 0, output: self.rank * share }
+    }
+
+    /// Checks that there is a count for each rank and that together they are as long as a buffer.
+    fn check_counts(
+        &self,
+        operation: &'static str,
+        (name, counts): (&str, &[usize]),
+        (buffer, len): (&str, usize),
+    ) -> Result<(), Error> {
+        let usage = |reason| Err(Error::Usage { operation, reason });
+        if counts.len() != self.world_size {
+            return usage(format!("{name} has {} counts for {} ranks", counts.len(), self.world_size));
+        }
+        match counts.iter().try_fold(0usize, |total, &count| total.checked_add(count)) {
+            Some(total) => check_len(operation, buffer, len, total, &format!("the sum of {name}")),
+            None => usage(format!("{name} add up to more than memory holds")),
+        }
+    }
+
+    /// Tells all ranks what this rank sends to and expects from each; the result has the same of all ranks,
+    /// in rank order: the counts sent, then those expected.
+    fn tell_counts(&mut self, send_counts: &[usize], recv_counts: &[usize]) -> Result<Vec<u64>, Error> {
+        let mine: Vec<u64> = send_counts.iter().chain(recv_counts).map(|&count| count as u64).collect();
+        let mut told = vec![0; mine.len() * self.world_size];
+        let call = self.call::<u64>(Kind::AllToAllCounts, mine.len())?;
+        self.run(call, Buffers::separate(&mine, &mut told))?;
+        Ok(told)
     }
 
     fn check_rank(&self, operation: &'static str, role: &str, rank: usize) -> Result<(), Error> {
@@ -480,14 +788,11 @@ impl Call {
         if cfg!(paceline_mutant = "skip_all_reduce") && matches!(self.operation.kind, Kind::AllReduce(_)) {
             return Ok(());
         }
-        let reducer = match self.operation.kind {
-            Kind::AllReduce(op) | Kind::ReduceScatter(op) => {
-                Some(Reducer::new(self.operation.dtype, op, world_size))
-            }
-            _ => None,
-        };
+        let reducer = self.operation.kind.op().map(|op| Reducer::new(self.operation.dtype, op, world_size));
         engine.run(self.operation, &self.plan, reducer, buffers)?;
-        counters.operations.fetch_add(1, Ordering::Relaxed);
+        // The first half of an all_to_all_v is none by itself.
+        let counted = u64::from(self.operation.kind != Kind::AllToAllCounts);
+        counters.operations.fetch_add(counted, Ordering::Relaxed);
         if let Kind::AllReduce(_) = self.operation.kind {
             let bytes = self.operation.count * self.operation.dtype.size();
             counters.all_reduced_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
@@ -518,6 +823,47 @@ fn code(schedule: Schedule) -> u8 {
     }
 }
 
+/// Whether there is nothing to choose for a kind.
+fn has_one_schedule(kind: Kind) -> bool {
+    match kind {
+        Kind::Barrier
+        | Kind::Message { .. }
+        | Kind::Gather { .. }
+        | Kind::Scatter { .. }
+        | Kind::AllToAll
+        | Kind::AllToAllCounts
+        | Kind::AllToAllV { .. } => true,
+        Kind::AllReduce(_)
+        | Kind::Reduce { .. }
+        | Kind::ReduceScatter(_)
+        | Kind::ReduceScatterV { .. }
+        | Kind::AllGather
+        | Kind::AllGatherV { .. }
+        | Kind::Broadcast { .. } => false,
+    }
+}
+
+/// The shares that counts which add up to the length of a buffer make.
+fn shares_of(counts: &[usize]) -> Shares {
+    Shares::by_rank(counts).expect("a buffer is in memory")
+}
+
+/// What goes from each rank to each, by what all ranks have told: the counts that each sends, then those
+/// that it expects. In words, the first two ranks that disagree.
+fn counts_of_pairs(world_size: usize, told: &[u64]) -> Result<Vec<usize>, String> {
+    let sent = |from: usize, to: usize| told[from * 2 * world_size + to];
+    let expected = |from: usize, to: usize| told[to * 2 * world_size + world_size + from];
+    let pairs = (0..world_size).flat_map(|from| (0..world_size).map(move |to| (from, to)));
+    pairs
+        .map(|(from, to)| match (sent(from, to), expected(from, to)) {
+            (sent, expected) if sent == expected => Ok(usize::try_from(sent).unwrap_or(usize::MAX)),
+            (sent, expected) => Err(format!(
+                "rank {from} sends {sent} elements to rank {to}, which expects {expected}; nothing was exchanged"
+            )),
+        })
+        .collect()
+}
+
 fn name(kind: Kind) -> &'static str {
     Operation { number: 0, kind, dtype: DType::U8, count: 0, segment_len: 0, schedule: 0 }.name()
 }
@@ -534,4 +880,19 @@ fn check_len(
     }
     let reason = format!("the {buffer} has {len} elements and needs {expected} ({rule})");
     Err(Error::Usage { operation, reason })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_that_disagree_on_a_count_are_named() {
+        // Rank 0 sends 1 and 2, and expects 1 and 3; rank 1 sends 3 and 0, and expects 2 and 0.
+        let told = [1, 2, 1, 3, 3, 0, 2, 0];
+        assert_eq!(counts_of_pairs(2, &told), Ok(vec![1, 2, 3, 0]));
+        let wrong = [1, 2, 1, 3, 3, 0, 5, 0];
+        let reason = counts_of_pairs(2, &wrong).expect_err("they disagree");
+        assert!(reason.starts_with("rank 0 sends 2 elements to rank 1, which expects 5"), "{reason}");
+    }
 }

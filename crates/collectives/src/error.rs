@@ -13,7 +13,8 @@ use crate::operation::Operation;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// This rank's call was wrong. It had no effect; the communicator can be used.
+    /// This rank's call was wrong, or, where all ranks have compared their arguments first, those of two
+    /// ranks do not fit. It had no effect; the communicator can be used.
     #[error("{operation}: {reason}")]
     Usage {
         /// The name of the called operation.

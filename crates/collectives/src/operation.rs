@@ -21,6 +21,44 @@ pub enum Kind {
         /// The rank whose buffer it is.
         root: usize,
     },
+    /// The root gets the reduction of all inputs.
+    Reduce {
+        /// The operator.
+        op: ReduceOp,
+        /// The rank that gets it.
+        root: usize,
+    },
+    /// The root gets all inputs.
+    Gather {
+        /// The rank that gets them.
+        root: usize,
+    },
+    /// Rank i gets chunk i of the root's input.
+    Scatter {
+        /// The rank whose input it is.
+        root: usize,
+    },
+    /// Rank i gets chunk i of every input.
+    AllToAll,
+    /// An all_gather of shares that differ in length.
+    AllGatherV {
+        /// A digest of all ranks' counts.
+        counts: u32,
+    },
+    /// A reduce_scatter of shares that differ in length.
+    ReduceScatterV {
+        /// The operator.
+        op: ReduceOp,
+        /// A digest of all ranks' counts.
+        counts: u32,
+    },
+    /// The exchange of counts with which an all_to_all_v begins.
+    AllToAllCounts,
+    /// An all_to_all of parts that differ in length.
+    AllToAllV {
+        /// A digest of all ranks' counts.
+        counts: u32,
+    },
     /// Nobody leaves before everybody has entered.
     Barrier,
     /// A message from one rank to another.
@@ -30,6 +68,19 @@ pub enum Kind {
         /// The receiving rank.
         to: usize,
     },
+}
+
+impl Kind {
+    /// The operator, if it reduces.
+    pub fn op(self) -> Option<ReduceOp> {
+        match self {
+            Self::AllReduce(op)
+            | Self::ReduceScatter(op)
+            | Self::Reduce { op, .. }
+            | Self::ReduceScatterV { op, .. } => Some(op),
+            _ => None,
+        }
+    }
 }
 
 /// One call, as this rank made it. Equal on all ranks that take part, or the call is a mismatch.
@@ -42,8 +93,9 @@ pub struct Operation {
     pub kind: Kind,
     /// The type of the elements; `u8` for a barrier.
     pub dtype: DType,
-    /// The number of elements: of the buffer (all_reduce, broadcast, messages) or of one rank's share
-    /// (reduce_scatter, all_gather).
+    /// The number of elements: of the buffer (all_reduce, reduce, broadcast, messages), of one rank's share
+    /// (reduce_scatter, all_gather, gather, scatter, all_to_all) or of all shares together (those that end
+    /// in _v).
     pub count: usize,
     /// The longest piece the schedule cuts, in elements; a property of the configuration.
     pub(crate) segment_len: u32,
@@ -58,7 +110,7 @@ impl Operation {
     /// byte  0       8      16     20   24   28        29     30   31
     ///       number  count  index  a    b    schedule  dtype  op   kind     (little-endian, segment_len: see below)
     /// ```
-    /// `a` is the root or the sender; `b` is the receiver of a message, else the segment length.
+    /// `a` is the root, the sender or the digest of the counts; `b` is the receiver of a message, else the segment length.
     pub(crate) fn to_prefix(self, index: u32) -> Prefix {
         let (code, op, a, b) = match self.kind {
             Kind::AllReduce(op) => (1, op as u8, 0, self.segment_len),
@@ -67,6 +119,14 @@ impl Operation {
             Kind::Broadcast { root } => (4, 0, root as u32, self.segment_len),
             Kind::Barrier => (5, 0, 0, self.segment_len),
             Kind::Message { from, to } => (6, 0, from as u32, to as u32),
+            Kind::Reduce { op, root } => (7, op as u8, root as u32, self.segment_len),
+            Kind::Gather { root } => (8, 0, root as u32, self.segment_len),
+            Kind::Scatter { root } => (9, 0, root as u32, self.segment_len),
+            Kind::AllToAll => (10, 0, 0, self.segment_len),
+            Kind::AllGatherV { counts } => (11, 0, counts, self.segment_len),
+            Kind::ReduceScatterV { op, counts } => (12, op as u8, counts, self.segment_len),
+            Kind::AllToAllCounts => (13, 0, 0, self.segment_len),
+            Kind::AllToAllV { counts } => (14, 0, counts, self.segment_len),
         };
         let mut bytes = [0; PREFIX_BYTES];
         bytes[0..8].copy_from_slice(&self.number.to_le_bytes());
@@ -90,6 +150,14 @@ impl Operation {
             4 => Kind::Broadcast { root: a as usize },
             5 => Kind::Barrier,
             6 => Kind::Message { from: a as usize, to: b as usize },
+            7 => Kind::Reduce { op: ReduceOp::from_wire(bytes[30])?, root: a as usize },
+            8 => Kind::Gather { root: a as usize },
+            9 => Kind::Scatter { root: a as usize },
+            10 => Kind::AllToAll,
+            11 => Kind::AllGatherV { counts: a },
+            12 => Kind::ReduceScatterV { op: ReduceOp::from_wire(bytes[30])?, counts: a },
+            13 => Kind::AllToAllCounts,
+            14 => Kind::AllToAllV { counts: a },
             _ => return None,
         };
         let segment_len = if matches!(kind, Kind::Message { .. }) { 0 } else { b };
@@ -111,6 +179,13 @@ impl Operation {
             Kind::ReduceScatter(_) => "reduce_scatter",
             Kind::AllGather => "all_gather",
             Kind::Broadcast { .. } => "broadcast",
+            Kind::Reduce { .. } => "reduce",
+            Kind::Gather { .. } => "gather",
+            Kind::Scatter { .. } => "scatter",
+            Kind::AllToAll => "all_to_all",
+            Kind::AllGatherV { .. } => "all_gather_v",
+            Kind::ReduceScatterV { .. } => "reduce_scatter_v",
+            Kind::AllToAllCounts | Kind::AllToAllV { .. } => "all_to_all_v",
             Kind::Barrier => "barrier",
             Kind::Message { .. } => "send/recv",
         }
@@ -140,14 +215,34 @@ impl fmt::Display for Operation {
             Kind::AllReduce(op) | Kind::ReduceScatter(op) => {
                 write!(f, "{name} #{number} ({op} of {count} {dtype})")
             }
-            Kind::AllGather => write!(f, "{name} #{number} ({count} {dtype})"),
-            Kind::Broadcast { root } => write!(f, "{name} #{number} ({count} {dtype} from rank {root})"),
+            Kind::AllGather | Kind::AllToAll => write!(f, "{name} #{number} ({count} {dtype})"),
+            Kind::Broadcast { root } | Kind::Scatter { root } => {
+                write!(f, "{name} #{number} ({count} {dtype} from rank {root})")
+            }
+            Kind::Gather { root } => write!(f, "{name} #{number} ({count} {dtype} to rank {root})"),
+            Kind::Reduce { op, root } => {
+                write!(f, "{name} #{number} ({op} of {count} {dtype} to rank {root})")
+            }
+            Kind::AllGatherV { counts } | Kind::AllToAllV { counts } => {
+                write!(f, "{name} #{number} ({count} {dtype} in all, shared out as {counts:08x})")
+            }
+            Kind::ReduceScatterV { op, counts } => {
+                write!(f, "{name} #{number} ({op} of {count} {dtype}, shared out as {counts:08x})")
+            }
+            Kind::AllToAllCounts => write!(f, "{name} #{number} (its counts)"),
             Kind::Barrier => write!(f, "{name} #{number}"),
             Kind::Message { from, to } => {
                 write!(f, "send/recv before #{number} ({count} {dtype} from rank {from} to rank {to})")
             }
         }
     }
+}
+
+/// A digest of `counts`, so that ranks whose counts differ notice: FNV-1a, which is the same in every
+/// release and on every machine. It is against mistakes, not against malice.
+pub(crate) fn digest(counts: &[usize]) -> u32 {
+    let bytes = counts.iter().flat_map(|&count| (count as u64).to_le_bytes());
+    bytes.fold(0x811c_9dc5, |hash: u32, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
 }
 
 #[cfg(test)]
@@ -163,7 +258,24 @@ mod tests {
             Kind::Broadcast { root: 3 },
             Kind::Barrier,
             Kind::Message { from: 1, to: 2 },
+            Kind::Reduce { op: ReduceOp::Prod, root: 4 },
+            Kind::Gather { root: 5 },
+            Kind::Scatter { root: 6 },
+            Kind::AllToAll,
+            Kind::AllGatherV { counts: 7 },
+            Kind::ReduceScatterV { op: ReduceOp::Avg, counts: 8 },
+            Kind::AllToAllCounts,
+            Kind::AllToAllV { counts: 9 },
         ];
+        let codes = kinds.map(|kind| {
+            let operation =
+                Operation { number: 7, kind, dtype: DType::U8, count: 0, segment_len: 1, schedule: 0 };
+            let bytes = operation.to_prefix(0);
+            (bytes[31], bytes[30], bytes[20])
+        });
+        assert_eq!(codes[..6], [(1, 1, 0), (2, 4, 0), (3, 0, 0), (4, 0, 3), (5, 0, 0), (6, 0, 1)]);
+        assert_eq!(codes[6..10], [(7, 2, 4), (8, 0, 5), (9, 0, 6), (10, 0, 0)]);
+        assert_eq!(codes[10..], [(11, 0, 7), (12, 5, 8), (13, 0, 0), (14, 0, 9)]);
         for kind in kinds {
             for dtype in DType::ALL {
                 let segment_len = if matches!(kind, Kind::Message { .. }) { 0 } else { 65_536 };
@@ -183,6 +295,13 @@ mod tests {
         let bytes =
             [1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 1, 1, 1, 1];
         assert_eq!(golden.to_prefix(4), bytes);
+    }
+
+    #[test]
+    fn counts_have_a_fixed_digest_that_depends_on_their_order() {
+        assert_eq!(digest(&[]), 0x811c_9dc5, "FNV-1a's offset basis");
+        assert_eq!(digest(&[1, 2, 3]), 0x414c_d0a5);
+        assert_ne!(digest(&[1, 2, 3]), digest(&[1, 3, 2]));
     }
 
     #[test]

@@ -63,9 +63,11 @@ on_mem! {
     long_messages_pass_in_both_directions_at_once
     messages_arrive_in_order_and_keep_their_place
     started_operations_run_in_order_and_give_their_buffers_back
+    counts_that_disagree_are_the_same_error_on_every_rank
     a_wrong_call_has_no_effect
     another_collective_is_a_mismatch_on_every_rank
     other_arguments_are_a_mismatch_on_every_rank
+    other_counts_are_a_mismatch_on_every_rank
     a_call_too_many_is_a_mismatch_at_the_next_call
     a_rank_that_never_calls_is_named
     an_orderly_leave_is_not_a_loss

@@ -79,7 +79,7 @@ fn the_document_has_every_number_and_the_conditions() {
     assert!(number("min_us") <= number("p50_us") && number("p50_us") <= number("p99_us"), "{cell}");
     assert!(number("fastest_rank_us") <= number("time_us"), "{cell}");
     assert!((number("busbw_gb_s") / number("algbw_gb_s") - 0.5).abs() < 1e-9, "{cell}");
-    assert!(rows[0]["in_place"].is_null(), "the communicator has no such call");
+    assert!(rows[0]["in_place"]["time_us"].as_f64().expect("a number") > 0.0, "{}", rows[0]);
     assert!(!rows[0]["schedule"]["name"].as_str().expect("a name").is_empty());
 }
 
@@ -89,6 +89,19 @@ fn osu_has_its_own_loop_and_columns() {
     let iterations: Vec<&str> = rows(&text).iter().map(|row| row[4]).collect();
     assert_eq!(iterations, ["1000", "100"]);
     assert!(text.contains("# Size          Avg Latency(us)    Min Latency(us)"), "{text}");
+}
+
+#[test]
+fn what_has_a_root_or_no_call_in_place_says_so() {
+    let text = stdout("gather --ranks 3 -b 12 -e 12 -n 2 -r 2");
+    let row = &rows(&text)[0];
+    assert_eq!(row[..5], ["12", "1", "f32", "none", "2"], "{text}");
+    assert_eq!(row[9..], ["N/A"; 4], "{text}");
+    let text = stdout("alltoall --ranks 2 --json -b 8 -e 8 -n 2");
+    let document: Value = serde_json::from_str(&text).expect("one document");
+    let row = &document["runs"][0]["rows"][0];
+    assert!(row["in_place"].is_null(), "the communicator has no such call");
+    assert_eq!(document["runs"][0]["out_of_bounds"], 0);
 }
 
 #[test]
@@ -119,7 +132,7 @@ fn what_cannot_be_measured_is_refused_in_one_line() {
         (
             "all_redoce",
             "invalid value 'all_redoce' for '<COLLECTIVE>': choose one of all_reduce, reduce_scatter, all_gather, \
-             broadcast, sendrecv, barrier",
+             broadcast, reduce, gather, scatter, all_to_all, sendrecv, barrier",
         ),
         ("all_reduce --size 4", "unknown flag --size; see paceline bench --help"),
         (

@@ -45,9 +45,11 @@ behaviours! {
     long_messages_pass_in_both_directions_at_once: &[2, 4], Config::default, heavy: true;
     messages_arrive_in_order_and_keep_their_place: &[2, 4], small_segments, heavy: false;
     started_operations_run_in_order_and_give_their_buffers_back: &[2, 4], small_segments, heavy: false;
+    counts_that_disagree_are_the_same_error_on_every_rank: &[2, 4], patient, heavy: false;
     a_wrong_call_has_no_effect: &[2, 4], Config::default, heavy: false;
     another_collective_is_a_mismatch_on_every_rank: &[2, 4], patient, heavy: false;
     other_arguments_are_a_mismatch_on_every_rank: &[3], patient, heavy: false;
+    other_counts_are_a_mismatch_on_every_rank: &[3], patient, heavy: false;
     a_call_too_many_is_a_mismatch_at_the_next_call: &[4], patient, heavy: false;
     a_rank_that_never_calls_is_named: &[2, 4], impatient, heavy: false;
     an_orderly_leave_is_not_a_loss: &[2, 4], patient, heavy: false;
@@ -127,6 +129,8 @@ fn rings_are_right_too(communicator: Communicator) {
 fn check_dtype<T: Number>(communicator: &mut Communicator) {
     let (rank, world_size) = (communicator.rank(), communicator.world_size());
     for len in lengths(world_size) {
+        // Several segments, in a tenth of the time over a window of a few bytes.
+        let short = len.min(100);
         for op in ReduceOp::ALL {
             let mine = input::<T>(rank, 0, len);
             let expected = reduced::<T>(world_size, 0, len, op);
@@ -140,17 +144,128 @@ fn check_dtype<T: Number>(communicator: &mut Communicator) {
             communicator.reduce_scatter(&whole, &mut output, op).expect("all ranks call it");
             let expected = reduced::<T>(world_size, rank * len, len, op);
             assert_eq!(output, expected, "reduce_scatter {op} {} len {len}", T::DTYPE);
+            check_reduce_scatter_in_place::<T>(communicator, short, op);
+            // Each operator and length with another root.
+            check_reduce::<T>(communicator, short, op, (len + op as usize) % world_size);
+            check_reduce_scatter_v::<T>(communicator, &uneven(world_size, short), op);
         }
         let mut gathered = vec![T::default(); len * world_size];
         communicator.all_gather(&input::<T>(rank, 0, len), &mut gathered).expect("all ranks call it");
         let expected: Vec<T> = (0..world_size).flat_map(|rank| input::<T>(rank, 0, len)).collect();
         assert_eq!(gathered, expected, "all_gather {} len {len}", T::DTYPE);
+        check_all_gather_in_place::<T>(communicator, short);
+        check_all_to_all::<T>(communicator, short);
+        check_all_gather_v::<T>(communicator, &uneven(world_size, short));
+        check_all_to_all_v::<T>(communicator, short);
         for root in 0..world_size {
             let mut buffer = input::<T>(rank, 0, len);
             communicator.broadcast(&mut buffer, root).expect("all ranks call it");
             assert_eq!(buffer, input::<T>(root, 0, len), "broadcast from {root} {} len {len}", T::DTYPE);
+            check_gather_and_scatter::<T>(communicator, short, root);
         }
     }
+}
+
+/// Shares of 0 to `len` elements, at least one of them empty.
+fn uneven(world_size: usize, len: usize) -> Vec<usize> {
+    (0..world_size).map(|rank| if rank == 1 { 0 } else { (rank * 5 + 7) * len / 11 % (len + 1) }).collect()
+}
+
+fn check_reduce_scatter_in_place<T: Number>(communicator: &mut Communicator, len: usize, op: ReduceOp) {
+    let (rank, world_size) = (communicator.rank(), communicator.world_size());
+    let mut expected = input::<T>(rank, 0, len * world_size);
+    let mut buffer = expected.clone();
+    communicator.reduce_scatter_in_place(&mut buffer, op).expect("all ranks call it");
+    expected[rank * len..][..len].copy_from_slice(&reduced::<T>(world_size, rank * len, len, op));
+    assert_eq!(buffer, expected, "reduce_scatter in place {op} {} len {len}", T::DTYPE);
+}
+
+fn check_all_gather_in_place<T: Number>(communicator: &mut Communicator, len: usize) {
+    let (rank, world_size) = (communicator.rank(), communicator.world_size());
+    let mut buffer = vec![T::default(); len * world_size];
+    buffer[rank * len..][..len].copy_from_slice(&input::<T>(rank, 0, len));
+    communicator.all_gather_in_place(&mut buffer).expect("all ranks call it");
+    let expected: Vec<T> = (0..world_size).flat_map(|rank| input::<T>(rank, 0, len)).collect();
+    assert_eq!(buffer, expected, "all_gather in place {} len {len}", T::DTYPE);
+}
+
+fn check_reduce<T: Number>(communicator: &mut Communicator, len: usize, op: ReduceOp, root: usize) {
+    let (rank, world_size) = (communicator.rank(), communicator.world_size());
+    let mine = input::<T>(rank, 0, len);
+    let reduced = reduced::<T>(world_size, 0, len, op);
+    let mut in_place = mine.clone();
+    communicator.reduce(&mut in_place, op, root).expect("all ranks call it");
+    let expected = if rank == root { &reduced } else { &mine };
+    assert_eq!(in_place, *expected, "reduce {op} to {root} {} len {len}", T::DTYPE);
+    // Where there is no result, the output may have any length.
+    let mut output = vec![T::default(); if rank == root { len } else { 1 }];
+    communicator.reduce_into(&mine, &mut output, op, root).expect("all ranks call it");
+    let expected = if rank == root { reduced } else { vec![T::default()] };
+    assert_eq!(output, expected, "reduce_into {op} to {root} {} len {len}", T::DTYPE);
+}
+
+fn check_gather_and_scatter<T: Number>(communicator: &mut Communicator, len: usize, root: usize) {
+    let (rank, world_size) = (communicator.rank(), communicator.world_size());
+    let is_root = rank == root;
+    let mut gathered = vec![T::default(); if is_root { len * world_size } else { 1 }];
+    communicator.gather(&input::<T>(rank, 0, len), &mut gathered, root).expect("all ranks call it");
+    let expected = match is_root {
+        true => (0..world_size).flat_map(|rank| input::<T>(rank, 0, len)).collect(),
+        false => vec![T::default()],
+    };
+    assert_eq!(gathered, expected, "gather to {root} {} len {len}", T::DTYPE);
+    let whole = if is_root { input::<T>(root, 0, len * world_size) } else { Vec::new() };
+    let mut part = vec![T::default(); len];
+    communicator.scatter(&whole, &mut part, root).expect("all ranks call it");
+    assert_eq!(part, input::<T>(root, rank * len, len), "scatter from {root} {} len {len}", T::DTYPE);
+}
+
+fn check_all_to_all<T: Number>(communicator: &mut Communicator, len: usize) {
+    let (rank, world_size) = (communicator.rank(), communicator.world_size());
+    let mut output = vec![T::default(); len * world_size];
+    let mine = input::<T>(rank, 0, len * world_size);
+    communicator.all_to_all(&mine, &mut output).expect("all ranks call it");
+    let expected: Vec<T> = (0..world_size).flat_map(|from| input::<T>(from, rank * len, len)).collect();
+    assert_eq!(output, expected, "all_to_all {} len {len}", T::DTYPE);
+}
+
+fn check_all_gather_v<T: Number>(communicator: &mut Communicator, counts: &[usize]) {
+    let rank = communicator.rank();
+    let mut output = vec![T::default(); counts.iter().sum()];
+    communicator
+        .all_gather_v(&input::<T>(rank, 0, counts[rank]), &mut output, counts)
+        .expect("all ranks call it");
+    let expected: Vec<T> =
+        counts.iter().enumerate().flat_map(|(from, &count)| input::<T>(from, 0, count)).collect();
+    assert_eq!(output, expected, "all_gather_v {} {counts:?}", T::DTYPE);
+}
+
+fn check_reduce_scatter_v<T: Number>(communicator: &mut Communicator, counts: &[usize], op: ReduceOp) {
+    let (rank, world_size) = (communicator.rank(), communicator.world_size());
+    let (start, total) = (counts[..rank].iter().sum(), counts.iter().sum());
+    let mut output = vec![T::default(); counts[rank]];
+    communicator
+        .reduce_scatter_v(&input::<T>(rank, 0, total), &mut output, counts, op)
+        .expect("all ranks call it");
+    let expected = reduced::<T>(world_size, start, counts[rank], op);
+    assert_eq!(output, expected, "reduce_scatter_v {op} {} {counts:?}", T::DTYPE);
+}
+
+fn check_all_to_all_v<T: Number>(communicator: &mut Communicator, len: usize) {
+    let (rank, world_size) = (communicator.rank(), communicator.world_size());
+    let counts = uneven(world_size, len);
+    let count = |from: usize, to: usize| counts[(from + 2 * to) % world_size];
+    let send_counts: Vec<usize> = (0..world_size).map(|to| count(rank, to)).collect();
+    let recv_counts: Vec<usize> = (0..world_size).map(|from| count(from, rank)).collect();
+    let mine = input::<T>(rank, 0, send_counts.iter().sum());
+    let mut output = vec![T::default(); recv_counts.iter().sum()];
+    communicator.all_to_all_v(&mine, &send_counts, &mut output, &recv_counts).expect("all ranks call it");
+    let part = |from: usize| {
+        let start = (0..rank).map(|to| count(from, to)).sum();
+        input::<T>(from, start, count(from, rank))
+    };
+    let expected: Vec<T> = (0..world_size).flat_map(part).collect();
+    assert_eq!(output, expected, "all_to_all_v {} {counts:?}", T::DTYPE);
 }
 
 /// Numbers of very different size, so that another order of summation gives other bits.
@@ -250,6 +365,17 @@ fn started_operations_run_in_order_and_give_their_buffers_back(mut communicator:
             reduced::<f64>(world_size, 0, len, ReduceOp::Sum)
         );
     }
+    let mine = input::<f64>(rank, 0, 9 * world_size);
+    let scattered = communicator.reduce_scatter_start(mine, ReduceOp::Sum).expect("the call is right");
+    let mut gathered = vec![0.0; 9 * world_size];
+    gathered[rank * 9..][..9].copy_from_slice(&input::<f64>(rank, 0, 9));
+    let gathered = communicator.all_gather_start(gathered).expect("the call is right");
+    let broadcast = communicator.broadcast_start(input::<f64>(rank, 0, 9), 1).expect("the call is right");
+    let scattered = scattered.wait().expect("all ranks started it");
+    assert_eq!(scattered[rank * 9..][..9], reduced::<f64>(world_size, rank * 9, 9, ReduceOp::Sum));
+    let expected: Vec<f64> = (0..world_size).flat_map(|rank| input::<f64>(rank, 0, 9)).collect();
+    assert_eq!(gathered.wait().expect("all ranks started it"), expected);
+    assert_eq!(broadcast.wait().expect("all ranks started it"), input::<f64>(1, 0, 9));
     let awaited = block_on(start(&mut communicator, 77));
     assert_eq!(awaited.expect("all ranks started it"), reduced::<f64>(world_size, 0, 77, ReduceOp::Sum));
     communicator.leave().expect("all ranks leave");
@@ -272,16 +398,54 @@ fn block_on<F: Future + Unpin>(mut future: F) -> F::Output {
     }
 }
 
+fn counts_that_disagree_are_the_same_error_on_every_rank(mut communicator: Communicator) {
+    let (rank, world_size) = (communicator.rank(), communicator.world_size());
+    let ones = vec![1; world_size];
+    let mut expected = ones.clone();
+    // Rank 1 expects another count from rank 0 than rank 0 sends.
+    expected[0] += if rank == 1 { 2 } else { 0 };
+    let mut output = vec![7i32; expected.iter().sum()];
+    let error = communicator
+        .all_to_all_v(&vec![1i32; world_size], &ones, &mut output, &expected)
+        .expect_err("two ranks disagree");
+    assert!(!error.is_fatal(), "{error}");
+    let text = error.to_string();
+    assert!(text.contains("rank 0 sends 1 elements to rank 1, which expects 3"), "{text}");
+    assert!(output.iter().all(|&element| element == 7), "nothing was exchanged");
+    check_all_to_all_v::<i32>(&mut communicator, 10);
+    communicator.leave().expect("all ranks leave");
+}
+
 fn a_wrong_call_has_no_effect(mut communicator: Communicator) {
     let world_size = communicator.world_size();
     let me = communicator.rank();
-    let wrong: [Result<(), Error>; 6] = [
+    let one_each = vec![1; world_size];
+    let wrong: Vec<Result<(), Error>> = vec![
         communicator.broadcast(&mut [0u8], world_size),
         communicator.send(&[0u8], me),
         communicator.recv(&mut [0u8], world_size + 1),
         communicator.all_gather(&[0u8; 3], &mut [0u8; 1]),
+        communicator.all_gather_in_place(&mut vec![0u8; world_size + 1]),
         communicator.reduce_scatter(&[0u8; 1], &mut [0u8; 3], ReduceOp::Sum),
+        communicator.reduce_scatter_in_place(&mut vec![0u8; world_size + 1], ReduceOp::Sum),
         communicator.all_reduce_into(&[0u8; 1], &mut [0u8; 3], ReduceOp::Sum),
+        communicator.reduce(&mut [0u8], ReduceOp::Sum, world_size),
+        communicator.reduce_into(&[0u8; 1], &mut [0u8; 3], ReduceOp::Sum, me),
+        communicator.gather(&[0u8; 3], &mut [0u8; 1], me),
+        communicator.gather(&[0u8; 3], &mut [0u8; 1], world_size),
+        communicator.scatter(&[0u8; 1], &mut [0u8; 3], me),
+        communicator.scatter(&[0u8; 1], &mut [0u8; 3], world_size),
+        communicator.all_to_all(&vec![0u8; world_size], &mut vec![0u8; 2 * world_size]),
+        communicator.all_to_all(&vec![0u8; world_size + 1], &mut vec![0u8; world_size + 1]),
+        communicator.all_gather_v(&[0u8], &mut [0u8; 1], &[1]),
+        communicator.all_gather_v(&[0u8; 2], &mut vec![0u8; world_size], &one_each),
+        communicator.all_gather_v(&[0u8], &mut vec![0u8; world_size + 1], &one_each),
+        communicator.all_gather_v(&[0u8], &mut [0u8; 1], &vec![usize::MAX; world_size]),
+        communicator.reduce_scatter_v(&[0u8; 1], &mut [0u8], &one_each, ReduceOp::Sum),
+        communicator.reduce_scatter_v(&vec![0u8; world_size], &mut [0u8; 2], &one_each, ReduceOp::Sum),
+        communicator.all_to_all_v(&[0u8], &one_each, &mut vec![0u8; world_size], &one_each),
+        communicator.all_to_all_v(&vec![0u8; world_size], &one_each, &mut [0u8], &one_each),
+        communicator.all_to_all_v(&[0u8], &[1], &mut [0u8], &[1]),
     ];
     for result in wrong {
         let error = result.expect_err("the call is wrong");
@@ -336,6 +500,17 @@ fn other_arguments_are_a_mismatch_on_every_rank(mut communicator: Communicator) 
     });
     let Error::Mismatch { calls, .. } = &error else { panic!("not a mismatch: {error}") };
     assert_ne!(calls[0].operation, calls[1].operation, "{error}");
+    assert!(elapsed < AT_ONCE, "after {elapsed:?}");
+    assert_stays(&mut communicator, &error);
+}
+
+fn other_counts_are_a_mismatch_on_every_rank(mut communicator: Communicator) {
+    // Of the same length in all, so that nothing but the counts disagrees.
+    let counts = if communicator.rank() == 1 { [2, 4, 6] } else { [4, 4, 4] };
+    let mine = vec![1u8; counts[communicator.rank()]];
+    let (error, elapsed) = failing(|| communicator.all_gather_v(&mine, &mut [0; 12], &counts));
+    let Error::Mismatch { calls, .. } = &error else { panic!("not a mismatch: {error}") };
+    assert_ne!(calls[0].operation.kind, calls[1].operation.kind, "{error}");
     assert!(elapsed < AT_ONCE, "after {elapsed:?}");
     assert_stays(&mut communicator, &error);
 }

@@ -8,7 +8,7 @@
 use std::collections::VecDeque;
 use std::rc::Rc;
 
-use super::{Local, Place, Plan, Round, Schedule, Span, Transfer};
+use super::{Local, Place, Plan, Round, Schedule, Shares, Span, Transfer};
 
 #[derive(Debug, PartialEq, Eq)]
 enum Value {
@@ -62,8 +62,10 @@ struct Rank {
     sends: VecDeque<Transfer>,
     receives: VecDeque<Transfer>,
     input: Vec<Expr>,
-    /// `None` when the call is in place: the output is the input.
+    /// `None` when the call is in place: the output is in the input's buffer.
     output: Option<Vec<Expr>>,
+    /// Where input and output begin in their buffers.
+    starts: (usize, usize),
     staged: Vec<Option<Vec<Expr>>>,
     partial: Vec<Expr>,
     received_partial: Option<Vec<Expr>>,
@@ -79,6 +81,7 @@ impl Rank {
             receives: VecDeque::new(),
             input,
             output,
+            starts: (0, 0),
             staged: vec![None; plan.world_size],
             plan,
             partial: Vec::new(),
@@ -87,6 +90,11 @@ impl Rank {
         };
         rank.enter_round();
         rank
+    }
+
+    /// A call in place whose input and output begin at these elements of its buffer.
+    fn in_place(plan: Plan, buffer: Vec<Expr>, starts: (usize, usize)) -> Self {
+        Self { starts, ..Self::new(plan, buffer, None) }
     }
 
     fn enter_round(&mut self) {
@@ -109,8 +117,11 @@ impl Rank {
         let span = transfer.span;
         assert!(span.len <= self.plan.segment_len, "a transfer is longer than a segment");
         match transfer.place {
-            Place::Input => slice(&self.input, span),
-            Place::Output => slice(self.output(), span),
+            Place::Input => slice(&self.input, self.in_buffer(transfer.place, span)),
+            Place::Output => {
+                let span = self.in_buffer(transfer.place, span);
+                slice(self.output(), span)
+            }
             Place::Partial => {
                 assert_eq!(self.partial.len(), span.len, "the whole partial is sent");
                 self.partial.clone()
@@ -124,8 +135,9 @@ impl Rank {
     }
 
     fn put(&mut self, transfer: Transfer, values: Vec<Expr>) {
+        let written = self.in_buffer(Place::Output, transfer.span);
         let overlaps = |send: &Transfer| {
-            let (a, b) = (send.span, transfer.span);
+            let (a, b) = (self.in_buffer(send.place, send.span), written);
             matches!(send.place, Place::Input | Place::Output)
                 && a.start < b.start + b.len
                 && b.start < a.start + a.len
@@ -138,7 +150,7 @@ impl Rank {
                     !self.round.sends.iter().any(|send| sent_from_here(send) && overlaps(send)),
                     "a round receives into what it sends"
                 );
-                self.output()[range(transfer.span)].clone_from_slice(&values);
+                self.output()[range(written)].clone_from_slice(&values);
             }
             Place::Staged => {
                 let slot = &mut self.staged[transfer.peer];
@@ -167,18 +179,20 @@ impl Rank {
     fn run(&mut self, step: Local) {
         match step {
             Local::Copy { input, output_start } => {
-                let values = slice(&self.input, input);
-                self.output()[range(input.at(output_start))].clone_from_slice(&values);
+                let values = slice(&self.input, self.in_buffer(Place::Input, input));
+                self.write(input.at(output_start), &values);
             }
             Local::ReduceStaged { input, output_start } => {
                 let values = self.reduce_staged(input);
-                self.output()[range(input.at(output_start))].clone_from_slice(&values);
+                self.write(input.at(output_start), &values);
             }
             Local::ReduceStagedAside { input } => self.reduced = self.reduce_staged(input),
-            Local::StartPartial { input } => self.partial = slice(&self.input, input),
+            Local::StartPartial { input } => {
+                self.partial = slice(&self.input, self.in_buffer(Place::Input, input));
+            }
             Local::AddToPartial { input } => {
                 let received = self.received_partial.take().unwrap_or_default();
-                let own = slice(&self.input, input);
+                let own = slice(&self.input, self.in_buffer(Place::Input, input));
                 assert_eq!(received.len(), own.len(), "partial and contribution are the same elements");
                 self.partial = received
                     .into_iter()
@@ -188,19 +202,27 @@ impl Rank {
             }
             Local::FinishPartial { output } => {
                 let values = self.partial.clone();
-                self.output()[range(output)].clone_from_slice(&values);
+                self.write(output, &values);
             }
         }
     }
-}
 
-impl Rank {
     fn reduce_staged(&mut self, input: Span) -> Vec<Expr> {
         let mut staged = std::mem::replace(&mut self.staged, vec![None; self.plan.world_size]);
-        staged[self.plan.rank] = Some(slice(&self.input, input));
+        staged[self.plan.rank] = Some(slice(&self.input, self.in_buffer(Place::Input, input)));
         let staged: Vec<Vec<Expr>> =
             staged.into_iter().map(|slot| slot.expect("a contribution from every rank")).collect();
         (0..input.len).map(|i| tree(0, self.plan.world_size, &|rank| staged[rank][i].clone())).collect()
+    }
+
+    fn write(&mut self, span: Span, values: &[Expr]) {
+        let span = self.in_buffer(Place::Output, span);
+        self.output()[range(span)].clone_from_slice(values);
+    }
+
+    fn in_buffer(&self, place: Place, span: Span) -> Span {
+        let (input, output) = self.starts;
+        span.at(span.start + if place == Place::Input { input } else { output })
     }
 }
 
@@ -286,7 +308,10 @@ fn exhaustively(
 
 /// Direct: exactly the promised tree. Ring: every rank's element exactly once, in whatever order.
 fn assert_reduced(schedule: Schedule, world_size: usize, value: &Expr, element: usize) {
-    let ring = matches!(schedule, Schedule::AllReduceRing | Schedule::ReduceScatterRing);
+    let ring = matches!(
+        schedule,
+        Schedule::AllReduceRing | Schedule::ReduceScatterRing | Schedule::ReduceChain { .. }
+    );
     if ring {
         let mut found = Vec::new();
         leaves(value, &mut found);
@@ -378,6 +403,275 @@ fn broadcast_gives_everyone_the_roots_elements() {
             }
         },
     );
+}
+
+/// The first, a middle and the last rank.
+fn roots(world_size: usize) -> Vec<usize> {
+    let mut roots = vec![0, world_size / 2, world_size - 1];
+    roots.dedup();
+    roots
+}
+
+#[test]
+fn reduce_combines_each_contribution_exactly_once_on_the_root_alone() {
+    let both = |root| [Schedule::ReduceDirect { root }, Schedule::ReduceChain { root }];
+    for in_place in [false, true] {
+        exhaustively(
+            |world_size| roots(world_size).into_iter().flat_map(both).collect(),
+            |_, len| len,
+            |_, len| len,
+            in_place,
+            |schedule, world_size, rank, _, output| {
+                let (Schedule::ReduceDirect { root } | Schedule::ReduceChain { root }) = schedule else {
+                    panic!("only reductions were replayed")
+                };
+                for (element, value) in output.iter().enumerate() {
+                    match rank == root {
+                        true => assert_reduced(schedule, world_size, value, element),
+                        false if in_place => assert_eq!(*value, leaf(rank, element), "{schedule:?}"),
+                        false => assert_eq!(**value, Value::Untouched, "{schedule:?}"),
+                    }
+                }
+            },
+        );
+    }
+}
+
+#[test]
+fn gather_puts_every_input_in_rank_order_on_the_root_alone() {
+    exhaustively(
+        |world_size| roots(world_size).into_iter().map(|root| Schedule::Gather { root }).collect(),
+        |_, len| len,
+        |world_size, len| world_size * len,
+        false,
+        |schedule, _, rank, len, output| {
+            for (i, value) in output.iter().enumerate() {
+                match schedule {
+                    Schedule::Gather { root } if root == rank => {
+                        assert_eq!(*value, leaf(i / len, i % len), "{schedule:?}");
+                    }
+                    _ => assert_eq!(**value, Value::Untouched, "{schedule:?}"),
+                }
+            }
+        },
+    );
+}
+
+#[test]
+fn scatter_gives_each_rank_its_chunk_of_the_root() {
+    exhaustively(
+        |world_size| roots(world_size).into_iter().map(|root| Schedule::Scatter { root }).collect(),
+        |world_size, len| world_size * len,
+        |_, len| len,
+        false,
+        |schedule, _, rank, len, output| {
+            let Schedule::Scatter { root } = schedule else { panic!("only scatters were replayed") };
+            for (i, value) in output.iter().enumerate() {
+                assert_eq!(*value, leaf(root, rank * len + i), "{schedule:?}");
+            }
+        },
+    );
+}
+
+#[test]
+fn all_to_all_gives_each_rank_its_chunk_of_every_input() {
+    exhaustively(
+        |_| vec![Schedule::AllToAll],
+        |world_size, len| world_size * len,
+        |world_size, len| world_size * len,
+        false,
+        |_, _, rank, len, output| {
+            for (i, value) in output.iter().enumerate() {
+                assert_eq!(*value, leaf(i / len, rank * len + i % len));
+            }
+        },
+    );
+}
+
+/// Shares of 0 to `len` elements, no two neighbours alike unless both are empty.
+fn uneven(world_size: usize, len: usize) -> Vec<usize> {
+    (0..world_size)
+        .map(|rank| if rank % 3 == 1 { 0 } else { (rank * 5 + 7) * len / 11 % (len + 1) })
+        .collect()
+}
+
+/// Uneven shares, and all elements on one rank.
+fn counts_by_rank(world_size: usize, len: usize) -> [Vec<usize>; 2] {
+    let on_one = (0..world_size).map(|rank| if rank == world_size / 2 { len } else { 0 }).collect();
+    [uneven(world_size, len), on_one]
+}
+
+fn start_of(counts: &[usize], rank: usize) -> usize {
+    counts[..rank].iter().sum()
+}
+
+fn leaves_of(rank: usize, elements: std::ops::Range<usize>) -> Vec<Expr> {
+    elements.map(|element| leaf(rank, element)).collect()
+}
+
+/// For every world, length, uneven shares and segmentation.
+fn for_uneven_shares(check: impl Fn(usize, &[usize], usize)) {
+    for world_size in WORLDS {
+        for len in lengths(world_size) {
+            for counts in counts_by_rank(world_size, len) {
+                for segment_len in segment_lengths(len) {
+                    check(world_size, &counts, segment_len);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn all_gather_takes_shares_of_any_length() {
+    for schedule in [Schedule::AllGatherDirect, Schedule::AllGatherRing] {
+        for_uneven_shares(|world_size, counts, segment_len| {
+            let shares = Shares::by_rank(counts).expect("they fit");
+            let total: usize = counts.iter().sum();
+            let rank = |rank: usize| {
+                let plan = Plan::new(schedule, world_size, rank, shares.clone(), segment_len);
+                Rank::new(plan, leaves_of(rank, 0..counts[rank]), Some(untouched(total)))
+            };
+            let mut ranks: Vec<Rank> = (0..world_size).map(rank).collect();
+            replay(&mut ranks);
+            let expected: Vec<Expr> =
+                (0..world_size).flat_map(|rank| leaves_of(rank, 0..counts[rank])).collect();
+            assert!(ranks.iter_mut().all(|rank| *rank.output() == expected), "{schedule:?} of {counts:?}");
+        });
+    }
+}
+
+#[test]
+fn reduce_scatter_gives_shares_of_any_length() {
+    for schedule in [Schedule::ReduceScatterDirect, Schedule::ReduceScatterRing] {
+        for_uneven_shares(|world_size, counts, segment_len| {
+            let shares = Shares::by_rank(counts).expect("they fit");
+            let total: usize = counts.iter().sum();
+            let rank = |rank: usize| {
+                let plan = Plan::new(schedule, world_size, rank, shares.clone(), segment_len);
+                Rank::new(plan, leaves_of(rank, 0..total), Some(untouched(counts[rank])))
+            };
+            let mut ranks: Vec<Rank> = (0..world_size).map(rank).collect();
+            replay(&mut ranks);
+            for (rank, state) in ranks.iter_mut().enumerate() {
+                for (i, value) in state.output().iter().enumerate() {
+                    assert_reduced(schedule, world_size, value, start_of(counts, rank) + i);
+                }
+            }
+        });
+    }
+}
+
+#[test]
+fn all_to_all_takes_parts_of_any_length() {
+    for_uneven_shares(|world_size, by_rank, segment_len| {
+        // Each rank sends what the next rank would, one place further: no row and no column is even.
+        let count = |from: usize, to: usize| by_rank[(from + to) % world_size];
+        let counts: Vec<usize> =
+            (0..world_size * world_size).map(|pair| count(pair / world_size, pair % world_size)).collect();
+        let shares = Shares::by_pair(world_size, &counts).expect("they fit");
+        let row = |from: usize| &counts[from * world_size..(from + 1) * world_size];
+        let rank = |rank: usize| {
+            let plan = Plan::new(Schedule::AllToAll, world_size, rank, shares.clone(), segment_len);
+            let output_len = (0..world_size).map(|from| count(from, rank)).sum();
+            Rank::new(plan, leaves_of(rank, 0..row(rank).iter().sum()), Some(untouched(output_len)))
+        };
+        let mut ranks: Vec<Rank> = (0..world_size).map(rank).collect();
+        replay(&mut ranks);
+        for (rank, state) in ranks.iter_mut().enumerate() {
+            let part = |from: usize| {
+                let start = start_of(row(from), rank);
+                leaves_of(from, start..start + count(from, rank))
+            };
+            let expected: Vec<Expr> = (0..world_size).flat_map(part).collect();
+            assert_eq!(*state.output(), expected, "{counts:?}");
+        }
+    });
+}
+
+#[test]
+fn all_gather_in_place_keeps_the_own_share_where_it_is() {
+    for schedule in [Schedule::AllGatherDirect, Schedule::AllGatherRing] {
+        for world_size in WORLDS {
+            for len in lengths(world_size) {
+                for segment_len in segment_lengths(len) {
+                    let rank = |rank: usize| {
+                        let mut buffer = untouched(world_size * len);
+                        buffer[rank * len..][..len].clone_from_slice(&leaves_of(rank, 0..len));
+                        let plan = Plan::new(schedule, world_size, rank, len, segment_len);
+                        Rank::in_place(plan, buffer, (rank * len, 0))
+                    };
+                    let mut ranks: Vec<Rank> = (0..world_size).map(rank).collect();
+                    replay(&mut ranks);
+                    let expected: Vec<Expr> =
+                        (0..world_size).flat_map(|rank| leaves_of(rank, 0..len)).collect();
+                    assert!(ranks.iter().all(|rank| rank.input == expected), "{schedule:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn reduce_scatter_in_place_writes_its_own_share_alone() {
+    for schedule in [Schedule::ReduceScatterDirect, Schedule::ReduceScatterRing] {
+        for world_size in WORLDS {
+            for len in lengths(world_size) {
+                for segment_len in segment_lengths(len) {
+                    let rank = |rank: usize| {
+                        let plan = Plan::new(schedule, world_size, rank, len, segment_len);
+                        Rank::in_place(plan, leaves_of(rank, 0..world_size * len), (0, rank * len))
+                    };
+                    let mut ranks: Vec<Rank> = (0..world_size).map(rank).collect();
+                    replay(&mut ranks);
+                    for (rank, state) in ranks.iter().enumerate() {
+                        for (i, value) in state.input.iter().enumerate() {
+                            match (rank * len..(rank + 1) * len).contains(&i) {
+                                true => assert_reduced(schedule, world_size, value, i),
+                                false => assert_eq!(*value, leaf(rank, i), "{schedule:?}"),
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What a back end relies on that moves all pieces and parts by itself.
+#[test]
+fn pieces_fill_outputs_and_parts_make_up_inputs_exactly() {
+    let exactly = |mut spans: Vec<Span>, len: usize| {
+        spans.sort_by_key(|span| (span.start, span.len));
+        let mut end = 0;
+        for span in spans {
+            assert_eq!(span.start, end);
+            end += span.len;
+        }
+        assert_eq!(end, len);
+    };
+    for world_size in WORLDS {
+        for len in lengths(world_size) {
+            let counts = uneven(world_size, len);
+            let shares = Shares::by_rank(&counts).expect("they fit");
+            let total: usize = counts.iter().sum();
+            let plan = Plan::new(Schedule::AllGatherRing, world_size, 0, shares.clone(), 1);
+            for to in 0..world_size {
+                let pieces = (0..world_size).map(|from| plan.piece(from, to).expect("from everybody").1);
+                exactly(pieces.collect(), total);
+            }
+            let plan = Plan::new(Schedule::ReduceScatterDirect, world_size, 0, shares, 1);
+            exactly((0..world_size).map(|owner| plan.owned(owner)).collect(), total);
+            for root in roots(world_size) {
+                let plan = Plan::new(Schedule::ReduceChain { root }, world_size, 0, len, 1);
+                exactly((0..world_size).map(|owner| plan.owned(owner)).collect(), len);
+                exactly((0..world_size).map(|owner| plan.result(owner, root).expect("there")).collect(), len);
+                let plan = Plan::new(Schedule::Scatter { root }, world_size, 0, len, 1);
+                let pieces = (0..world_size).map(|to| plan.piece(root, to).expect("to everybody").0);
+                exactly(pieces.collect(), world_size * len);
+            }
+        }
+    }
 }
 
 /// Replays with knowledge instead of elements: a message carries what its sender knows.

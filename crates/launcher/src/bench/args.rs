@@ -123,6 +123,14 @@ impl BenchArgs {
         }
     }
 
+    /// Elements that the output's buffer has room for: in place, it has the input too.
+    pub fn output_room(&self, row: &RowShape) -> usize {
+        match self.places().contains(&Place::InPlace) {
+            true => row.output_len.max(row.input_len),
+            false => row.output_len,
+        }
+    }
+
     /// How often each call of a row is made. nccl-tests' untimed calls are made for all sizes before the first is timed.
     pub fn iterations(&self, row: &RowShape) -> Iterations {
         let usual = match self.timing {
@@ -139,7 +147,8 @@ impl BenchArgs {
     /// The bytes that all ranks of the largest job need for their buffers.
     pub fn needed_bytes(&self) -> u64 {
         let ranks = *self.ranks.end();
-        let largest = self.rows(ranks).into_iter().map(|row| (row.input_len + row.output_len) as u64).max();
+        let both = |row: RowShape| (row.input_len + self.output_room(&row)) as u64;
+        let largest = self.rows(ranks).into_iter().map(both).max();
         u64::from(ranks) * largest.unwrap_or(0) * self.dtype.size() as u64
     }
 
@@ -157,7 +166,8 @@ impl BenchArgs {
 /// nccl-tests' flags where they have one, so that a command line can be carried over.
 #[derive(Args)]
 pub struct Flags {
-    /// What to measure: all_reduce, reduce_scatter, all_gather, broadcast, sendrecv or barrier
+    /// What to measure: all_reduce, reduce_scatter, all_gather, broadcast, reduce, gather, scatter, all_to_all, sendrecv
+    /// or barrier
     collective: Collective,
     /// How many ranks; A..B measures each number of them and compares
     #[arg(long, value_name = "N|A..B", default_value = "2", value_parser = ranks)]
@@ -187,7 +197,7 @@ pub struct Flags {
     /// The element type: f32, f64, f16, bf16, i8, u8, i32, i64 or u64, or nccl-tests' name for it
     #[arg(short = 'd', long = "datatype", value_name = "DTYPE", default_value = "f32", value_parser = dtype)]
     dtype: DType,
-    /// The root of a broadcast
+    /// The root of a broadcast, reduce, gather or scatter
     #[arg(short = 'r', long, value_name = "RANK", default_value = "0")]
     root: u32,
     /// Compare every element of every rank with a scalar reference (1) or do not (0)
@@ -436,5 +446,8 @@ mod tests {
     fn the_memory_is_that_of_the_largest_job() {
         assert_eq!(args("all_reduce --ranks 1..4 -b 4 -e 1M").expect("right").needed_bytes(), 8 << 20);
         assert_eq!(args("all_gather --ranks 4 -b 4 -e 1M").expect("right").needed_bytes(), 5 << 20);
+        let scattered = args("reduce_scatter --ranks 4 -b 4 -e 1M").expect("right");
+        assert_eq!(scattered.needed_bytes(), 8 << 20, "in place, the output is in the input");
+        assert_eq!(args("scatter --ranks 4 -b 4 -e 1M").expect("right").needed_bytes(), 5 << 20);
     }
 }

@@ -20,6 +20,14 @@ pub enum Collective {
     AllGather,
     /// Every rank gets the root's buffer.
     Broadcast,
+    /// The root gets the reduction of all inputs.
+    Reduce,
+    /// The root gets all inputs.
+    Gather,
+    /// Rank i gets chunk i of the root's input.
+    Scatter,
+    /// Rank i gets chunk i of every input.
+    AllToAll,
     /// Every rank sends to the next one and receives from the one before.
     SendRecv,
     /// Nobody leaves before everybody has entered.
@@ -31,7 +39,7 @@ pub enum Collective {
 pub enum Place {
     /// Into a buffer of its own.
     OutOfPlace,
-    /// Over the input.
+    /// Over the input, or at the rank's share of it.
     InPlace,
 }
 
@@ -44,6 +52,8 @@ pub enum Shape {
     Scattered,
     /// count in, world size × count out.
     Gathered,
+    /// world size × count in and out.
+    Exchanged,
     /// No elements.
     Empty,
 }
@@ -74,16 +84,20 @@ const OUT_OF_PLACE: &[Place] = &[Place::OutOfPlace];
 const IN_PLACE: &[Place] = &[Place::InPlace];
 
 #[rustfmt::skip]
-const TABLE: [Traits; 6] = {
+const TABLE: [Traits; 10] = {
     use Collective as C;
     let twice = |n: f64| 2.0 * (n - 1.0) / n;
     let once = |n: f64| (n - 1.0) / n;
     let whole = |_: f64| 1.0;
     [
         Traits { collective: C::AllReduce,     name: "all_reduce",     shape: Shape::Whole,     bus_factor: twice, places: BOTH,         reduces: true,  has_root: false, least_ranks: 1 },
-        Traits { collective: C::ReduceScatter, name: "reduce_scatter", shape: Shape::Scattered, bus_factor: once,  places: OUT_OF_PLACE, reduces: true,  has_root: false, least_ranks: 1 },
-        Traits { collective: C::AllGather,     name: "all_gather",     shape: Shape::Gathered,  bus_factor: once,  places: OUT_OF_PLACE, reduces: false, has_root: false, least_ranks: 1 },
+        Traits { collective: C::ReduceScatter, name: "reduce_scatter", shape: Shape::Scattered, bus_factor: once,  places: BOTH,         reduces: true,  has_root: false, least_ranks: 1 },
+        Traits { collective: C::AllGather,     name: "all_gather",     shape: Shape::Gathered,  bus_factor: once,  places: BOTH,         reduces: false, has_root: false, least_ranks: 1 },
         Traits { collective: C::Broadcast,     name: "broadcast",      shape: Shape::Whole,     bus_factor: whole, places: IN_PLACE,     reduces: false, has_root: true,  least_ranks: 1 },
+        Traits { collective: C::Reduce,        name: "reduce",         shape: Shape::Whole,     bus_factor: whole, places: BOTH,         reduces: true,  has_root: true,  least_ranks: 1 },
+        Traits { collective: C::Gather,        name: "gather",         shape: Shape::Gathered,  bus_factor: once,  places: OUT_OF_PLACE, reduces: false, has_root: true,  least_ranks: 1 },
+        Traits { collective: C::Scatter,       name: "scatter",        shape: Shape::Scattered, bus_factor: once,  places: OUT_OF_PLACE, reduces: false, has_root: true,  least_ranks: 1 },
+        Traits { collective: C::AllToAll,      name: "all_to_all",     shape: Shape::Exchanged, bus_factor: once,  places: OUT_OF_PLACE, reduces: false, has_root: false, least_ranks: 1 },
         Traits { collective: C::SendRecv,      name: "sendrecv",       shape: Shape::Whole,     bus_factor: whole, places: OUT_OF_PLACE, reduces: false, has_root: false, least_ranks: 2 },
         Traits { collective: C::Barrier,       name: "barrier",        shape: Shape::Empty,     bus_factor: whole, places: OUT_OF_PLACE, reduces: false, has_root: false, least_ranks: 1 },
     ]
@@ -143,12 +157,24 @@ impl Collective {
             Collective::ReduceScatter => Kind::ReduceScatter(op),
             Collective::AllGather => Kind::AllGather,
             Collective::Broadcast => Kind::Broadcast { root },
+            Collective::Reduce => Kind::Reduce { op, root },
+            Collective::Gather => Kind::Gather { root },
+            Collective::Scatter => Kind::Scatter { root },
+            Collective::AllToAll => Kind::AllToAll,
             Collective::SendRecv => Kind::Message { from: 0, to: 1 },
             Collective::Barrier => Kind::Barrier,
         }
     }
 
-    /// Runs it once. In place, the elements are in `output`.
+    /// Whether the input of `member` matters: where the root has the elements, it is the only one.
+    pub fn has_input(self, member: Member, root: usize) -> bool {
+        match self {
+            Collective::Broadcast | Collective::Scatter => member.rank == root,
+            _ => true,
+        }
+    }
+
+    /// Runs it once. In place, the elements are in `output`, which is as long as the longer of the two.
     ///
     /// # Errors
     /// The communicator's.
@@ -163,24 +189,39 @@ impl Collective {
         match (self, place) {
             (Collective::AllReduce, Place::OutOfPlace) => communicator.all_reduce_into(input, output, op),
             (Collective::AllReduce, Place::InPlace) => communicator.all_reduce(output, op),
-            (Collective::ReduceScatter, _) => communicator.reduce_scatter(input, output, op),
-            (Collective::AllGather, _) => communicator.all_gather(input, output),
+            (Collective::ReduceScatter, Place::OutOfPlace) => communicator.reduce_scatter(input, output, op),
+            (Collective::ReduceScatter, Place::InPlace) => communicator.reduce_scatter_in_place(output, op),
+            (Collective::AllGather, Place::OutOfPlace) => communicator.all_gather(input, output),
+            (Collective::AllGather, Place::InPlace) => communicator.all_gather_in_place(output),
+            (Collective::Reduce, Place::OutOfPlace) => communicator.reduce_into(input, output, op, root),
+            (Collective::Reduce, Place::InPlace) => communicator.reduce(output, op, root),
+            (Collective::Gather, _) => communicator.gather(input, output, root),
+            (Collective::Scatter, _) => communicator.scatter(input, output, root),
+            (Collective::AllToAll, _) => communicator.all_to_all(input, output),
             (Collective::Broadcast, _) => communicator.broadcast(output, root),
             (Collective::SendRecv, _) => pass_on(communicator, input, output),
             (Collective::Barrier, _) => communicator.barrier(),
         }
     }
 
-    /// What element `index` of the output of `member` must be, for shares of `count` elements.
-    pub fn expected(self, member: Member, count: usize, root: usize, index: usize) -> Expected {
-        match self {
-            Collective::AllReduce => Expected::Reduced { element: index },
+    /// What element `index` of the output of `member` must be, for shares of `count` elements; `None` where it must
+    /// be as it was before.
+    pub fn expected(self, member: Member, count: usize, root: usize, index: usize) -> Option<Expected> {
+        Some(match self {
+            Collective::Reduce | Collective::Gather if member.rank != root => return None,
+            Collective::AllReduce | Collective::Reduce => Expected::Reduced { element: index },
             Collective::ReduceScatter => Expected::Reduced { element: member.rank * count + index },
-            Collective::AllGather => Expected::Copied { rank: index / count, element: index % count },
+            Collective::AllGather | Collective::Gather => {
+                Expected::Copied { rank: index / count, element: index % count }
+            }
+            Collective::Scatter => Expected::Copied { rank: root, element: member.rank * count + index },
+            Collective::AllToAll => {
+                Expected::Copied { rank: index / count, element: member.rank * count + index % count }
+            }
             Collective::Broadcast => Expected::Copied { rank: root, element: index },
             Collective::SendRecv => Expected::Copied { rank: member.previous(), element: index },
             Collective::Barrier => unreachable!("a barrier has no elements"),
-        }
+        })
     }
 }
 
@@ -206,7 +247,7 @@ impl Shape {
     pub fn count(self, elements: usize, ranks: usize) -> usize {
         match self {
             Shape::Whole => elements.max(1),
-            Shape::Scattered | Shape::Gathered => (elements / ranks).max(1),
+            Shape::Scattered | Shape::Gathered | Shape::Exchanged => (elements / ranks).max(1),
             Shape::Empty => 0,
         }
     }
@@ -217,7 +258,17 @@ impl Shape {
             Shape::Whole => (count, count),
             Shape::Scattered => (count * ranks, count),
             Shape::Gathered => (count, count * ranks),
+            Shape::Exchanged => (count * ranks, count * ranks),
             Shape::Empty => (0, 0),
+        }
+    }
+
+    /// Where input and output begin in the buffer of a call in place.
+    pub fn starts_in_place(self, count: usize, member: Member) -> (usize, usize) {
+        match self {
+            Shape::Scattered => (0, member.rank * count),
+            Shape::Gathered => (member.rank * count, 0),
+            Shape::Whole | Shape::Exchanged | Shape::Empty => (0, 0),
         }
     }
 }
@@ -253,6 +304,10 @@ mod tests {
             (Collective::ReduceScatter, 0.75),
             (Collective::AllGather, 0.75),
             (Collective::Broadcast, 1.0),
+            (Collective::Reduce, 1.0),
+            (Collective::Gather, 0.75),
+            (Collective::Scatter, 0.75),
+            (Collective::AllToAll, 0.75),
             (Collective::SendRecv, 1.0),
         ] {
             assert_eq!(factor(collective, 4.0), of_4, "{collective}");
@@ -267,7 +322,9 @@ mod tests {
         }
         assert_eq!("allreduce".parse(), Ok(Collective::AllReduce));
         assert_eq!("send_recv".parse(), Ok(Collective::SendRecv));
-        let wrong = "reduce".parse::<Collective>().expect_err("there is none");
+        assert_eq!("alltoall".parse(), Ok(Collective::AllToAll));
+        assert_eq!("reduce".parse(), Ok(Collective::Reduce));
+        let wrong = "scan".parse::<Collective>().expect_err("there is none");
         assert!(wrong.contains("all_reduce, reduce_scatter"), "{wrong}");
     }
 
@@ -278,18 +335,26 @@ mod tests {
         assert_eq!(Shape::Scattered.count(3, 4), 1, "a table without numbers helps nobody");
         assert_eq!(Shape::Scattered.lens(5, 4), (20, 5));
         assert_eq!(Shape::Gathered.lens(5, 4), (5, 20));
+        assert_eq!(Shape::Exchanged.lens(5, 4), (20, 20));
         assert_eq!(Shape::Empty.lens(Shape::Empty.count(9, 4), 4), (0, 0));
     }
 
     #[test]
     fn every_output_element_has_its_source() {
         let member = Member { rank: 1, ranks: 3 };
-        let expected = |collective: Collective| collective.expected(member, 10, 2, 4);
+        let expected = |collective: Collective| collective.expected(member, 10, 2, 4).expect("it is written");
         assert_eq!(expected(Collective::AllReduce), Expected::Reduced { element: 4 });
         assert_eq!(expected(Collective::ReduceScatter), Expected::Reduced { element: 14 });
         assert_eq!(expected(Collective::Broadcast), Expected::Copied { rank: 2, element: 4 });
         assert_eq!(expected(Collective::SendRecv), Expected::Copied { rank: 0, element: 4 });
-        let gathered = Collective::AllGather.expected(member, 10, 0, 24);
-        assert_eq!(gathered, Expected::Copied { rank: 2, element: 4 });
+        assert_eq!(expected(Collective::Scatter), Expected::Copied { rank: 2, element: 14 });
+        let of_24 = |collective: Collective, root| collective.expected(member, 10, root, 24);
+        assert_eq!(of_24(Collective::AllGather, 0), Some(Expected::Copied { rank: 2, element: 4 }));
+        assert_eq!(of_24(Collective::AllToAll, 0), Some(Expected::Copied { rank: 2, element: 14 }));
+        assert_eq!(of_24(Collective::Gather, 1), Some(Expected::Copied { rank: 2, element: 4 }));
+        assert_eq!(of_24(Collective::Reduce, 1), Some(Expected::Reduced { element: 24 }));
+        for collective in [Collective::Gather, Collective::Reduce] {
+            assert_eq!(of_24(collective, 0), None, "{collective}: rank 1 is not the root");
+        }
     }
 }

@@ -28,8 +28,8 @@ impl<'a, T: Value> Bench<'a, T> {
     pub fn new(communicator: &'a mut Communicator, args: &'a BenchArgs) -> Self {
         let member = Member { rank: communicator.rank(), ranks: communicator.world_size() };
         let rows = args.rows(member.ranks as u32);
-        let longest = |len: fn(&RowShape) -> usize| rows.iter().map(len).max().unwrap_or(0);
-        let (input_len, output_len) = (longest(|row| row.input_len), longest(|row| row.output_len));
+        let input_len = rows.iter().map(|row| row.input_len).max().unwrap_or(0);
+        let output_len = rows.iter().map(|row| args.output_room(row)).max().unwrap_or(0);
         // Not vec![zero; len]: that is memory which the kernel hands out page by page, under the clock.
         let ones = |len| vec![T::wrapped(1); len];
         Bench { communicator, args, member, input: ones(input_len), output: ones(output_len) }
@@ -62,7 +62,8 @@ impl<'a, T: Value> Bench<'a, T> {
     fn measure(&mut self, index: usize, row: &RowShape, place: Place) -> Result<Measured, CollectivesError> {
         let iterations = self.args.iterations(row);
         // Sums in place grow with every call; of zeros they stay zeros, and no float becomes slow or infinite.
-        self.output[..row.output_len].fill(T::default());
+        let room = self.args.output_room(row);
+        self.output[..room].fill(T::default());
         self.communicator.barrier()?;
         let (mean_us, samples) = match self.args.timing {
             Timing::BackToBack => {
@@ -121,8 +122,12 @@ impl<'a, T: Value> Bench<'a, T> {
     }
 
     fn call(&mut self, place: Place, row: &RowShape) -> Result<(), CollectivesError> {
+        let output_len = match place {
+            Place::OutOfPlace => row.output_len,
+            Place::InPlace => self.args.output_room(row),
+        };
         let input = black_box(&self.input[..row.input_len]);
-        let output = black_box(&mut self.output[..row.output_len]);
+        let output = black_box(&mut self.output[..output_len]);
         let how = (self.args.op, self.args.root);
         self.args.collective.call(self.communicator, place, how, input, output)
     }
@@ -143,16 +148,24 @@ impl<'a, T: Value> Bench<'a, T> {
         for (element, value) in self.input[..row.input_len].iter_mut().enumerate() {
             *value = filled.contribution(member.rank, element);
         }
-        let output = &mut self.output[..row.output_len];
-        let is_source = !collective.traits().has_root || member.rank == self.args.root;
-        match place {
-            Place::InPlace if is_source => output.copy_from_slice(&self.input[..row.input_len]),
-            // No contribution and no reduction of contributions is negative, or in wrapped types likely to be this.
-            _ => output.fill(T::wrapped(-3)),
+        let has_input = collective.has_input(member, self.args.root);
+        let (input_start, output_start) = match place {
+            Place::OutOfPlace => (0, 0),
+            Place::InPlace => collective.traits().shape.starts_in_place(row.count, member),
+        };
+        // No contribution and no reduction of contributions is negative, or in wrapped types likely to be this.
+        let room = self.args.output_room(row);
+        self.output[..room].fill(T::wrapped(-3));
+        if place == Place::InPlace && has_input {
+            self.output[input_start..][..row.input_len].copy_from_slice(&self.input[..row.input_len]);
         }
+        let before = self.output[output_start..][..row.output_len].to_vec();
         self.call(place, row)?;
-        let value = |index| expected.value(collective.expected(member, row.count, self.args.root, index));
-        Ok(count_wrong(&self.output[..row.output_len], value))
+        let value = |index| match collective.expected(member, row.count, self.args.root, index) {
+            Some(source) => expected.value(source),
+            None => before[index],
+        };
+        Ok(count_wrong(&self.output[output_start..][..row.output_len], value))
     }
 
     /// Has one rank after the other come late to a barrier, and counts the times that this rank left too early.
@@ -245,7 +258,9 @@ mod tests {
 
     #[test]
     fn a_reference_that_differs_from_what_was_put_in_makes_elements_wrong() {
-        for line in ["all_reduce", "reduce_scatter", "all_gather", "broadcast", "sendrecv"] {
+        let same_everywhere =
+            ["all_reduce", "reduce_scatter", "all_gather", "broadcast", "scatter", "alltoall", "sendrecv"];
+        for line in same_everywhere.into_iter().chain(["reduce", "gather"]) {
             let args = args(&format!("{line} --ranks 2 -b 4K -e 4K"));
             let filled = Reference { op: ReduceOp::Sum, ranks: 2, seed: 1 << 40 };
             let expected = Reference { seed: 2 << 40, ..filled };
@@ -253,7 +268,13 @@ mod tests {
             let wrong = on_ranks(&args, |mut bench| {
                 bench.check(args.places()[0], &row, &filled, &expected).expect("it works")
             });
-            assert!(wrong.iter().all(|&wrong| wrong > row.output_len as u64 / 2), "{line}: {wrong:?}");
+            // Where only the root, rank 0, gets something, the others' elements stay as they were.
+            let receivers = if same_everywhere.contains(&line) { 2 } else { 1 };
+            assert!(
+                wrong[..receivers].iter().all(|&wrong| wrong > row.output_len as u64 / 2),
+                "{line}: {wrong:?}"
+            );
+            assert!(wrong[receivers..].iter().all(|&wrong| wrong == 0), "{line}: {wrong:?}");
         }
     }
 
