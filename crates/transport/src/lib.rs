@@ -16,6 +16,7 @@
 //! | [`wire`] | control messages: the only file that knows bincode |
 
 pub mod error;
+mod forming;
 pub mod frame;
 pub mod identity;
 pub mod mem;
@@ -28,6 +29,7 @@ use std::task::Waker;
 use std::time::Instant;
 
 pub use error::Error;
+pub use forming::{Former, Forming};
 
 /// The longest control message a transport accepts, in bytes.
 ///
@@ -96,6 +98,19 @@ pub trait Transport: Send {
 
     /// A waker with which another thread ends a [`wait`](Transport::wait).
     fn waker(&self) -> Waker;
+
+    /// Begins to form links among some of the ranks: `members`, this rank among them, in the order of their
+    /// new ranks. Every member calls it with the same list and the same `id`, by which simultaneous groups
+    /// are told apart; no two groups of an epoch have the same. Does not block: the result comes from what is
+    /// returned, and the [`waker`](Transport::waker) fires when it is there.
+    ///
+    /// The new links are independent of these, which may leave or fail while those go on. A result may be
+    /// there before all members have called, where links need nothing from the other side.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when this rank is not among the members or a member does not exist. From what is
+    /// returned: [`Error::TimedOut`] naming the members without a link at `deadline`.
+    fn split(&mut self, members: &[usize], id: u64, deadline: Instant) -> Result<Forming, Error>;
 
     /// Gives up: sends `message` as this side's last control message to every peer that can still be
     /// reached, and returns when it has been delivered or `deadline` has passed.

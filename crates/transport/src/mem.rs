@@ -4,14 +4,15 @@
 //! (64 KiB by default): a schedule that sends a long message before it starts to receive works on a
 //! transport with large buffers and deadlocks on a busy network, and this is where tests catch it.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::io::IoSlice;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 use std::time::Instant;
 
+use crate::forming::place;
 use crate::park::Parker;
-use crate::{CONTROL_MESSAGE_LIMIT, Error, Transport};
+use crate::{CONTROL_MESSAGE_LIMIT, Error, Forming, Transport};
 
 /// The window of each link direction unless told otherwise, in bytes.
 pub const DEFAULT_WINDOW_BYTES: usize = 64 * 1024;
@@ -31,7 +32,21 @@ pub struct MemTransport {
     outgoing: Vec<Option<Arc<Pipe>>>,
     incoming: Vec<Option<Arc<Pipe>>>,
     left: bool,
+    window_bytes: usize,
+    registry: Arc<Mutex<Registry>>,
 }
+
+/// The groups that the ranks of a group are forming among themselves.
+#[derive(Debug, Default)]
+struct Registry {
+    /// By id, the places that have not been taken.
+    places: HashMap<u64, Places>,
+    /// The ranks that have ended: they take no place any more.
+    gone: Vec<usize>,
+}
+
+/// The rank that each place is for, and its transport.
+type Places = Vec<(usize, MemTransport)>;
 
 /// One direction of one link.
 #[derive(Debug)]
@@ -82,10 +97,21 @@ pub fn group(world_size: usize, epoch: u64, window_bytes: usize) -> Vec<MemTrans
     let pipes: Vec<Vec<Option<Arc<Pipe>>>> =
         (0..world_size).map(|from| (0..world_size).map(|to| pipe(from, to)).collect()).collect();
     let incoming = |rank: usize| pipes.iter().map(|row| row[rank].clone()).collect();
+    let registry = Arc::<Mutex<Registry>>::default();
     let mut transports = Vec::with_capacity(world_size);
     for (rank, parker) in parkers.into_iter().enumerate() {
         let (outgoing, incoming) = (pipes[rank].clone(), incoming(rank));
-        transports.push(MemTransport { rank, epoch, parker, outgoing, incoming, left: false });
+        let (left, registry) = (false, registry.clone());
+        transports.push(MemTransport {
+            rank,
+            epoch,
+            parker,
+            outgoing,
+            incoming,
+            left,
+            window_bytes,
+            registry,
+        });
     }
     transports
 }
@@ -100,6 +126,7 @@ impl MemTransport {
     }
 
     fn end_all(&self, end: End) {
+        self.give_up_places();
         for pipe in self.outgoing.iter().flatten() {
             pipe.lock().writer_end.get_or_insert(end);
             pipe.reader.wake_by_ref();
@@ -108,6 +135,42 @@ impl MemTransport {
             pipe.lock().reader_end.get_or_insert(end);
             pipe.writer.wake_by_ref();
         }
+    }
+}
+
+impl MemTransport {
+    /// The place of this rank in the group `id`, which the first of its members makes.
+    fn take_place(&self, members: &[usize], id: u64) -> Result<MemTransport, Error> {
+        let mut registry = self.registry();
+        let made = registry.places.remove(&id);
+        let mut places = made.unwrap_or_else(|| {
+            let places = members.iter().copied().zip(group(members.len(), self.epoch, self.window_bytes));
+            places.filter(|(rank, _)| !registry.gone.contains(rank)).collect()
+        });
+        let own = places.iter().position(|(rank, _)| *rank == self.rank);
+        let own = own.map(|at| places.swap_remove(at).1);
+        if !places.is_empty() {
+            registry.places.insert(id, places);
+        }
+        own.ok_or_else(|| Error::Usage { reason: format!("this rank has formed the group {id:x} before") })
+    }
+
+    /// Nobody takes the places of a rank that has ended: its peers there lose it.
+    fn give_up_places(&self) {
+        let mut given_up = Vec::new();
+        let mut registry = self.registry();
+        registry.gone.push(self.rank);
+        for places in registry.places.values_mut() {
+            let own = places.iter().position(|(rank, _)| *rank == self.rank);
+            given_up.extend(own.map(|at| places.swap_remove(at)));
+        }
+        // They have registries of their own; still, nothing is dropped under a lock.
+        drop(registry);
+    }
+
+    fn registry(&self) -> MutexGuard<'_, Registry> {
+        // Places are made and taken whole: no panic leaves one half made.
+        self.registry.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -204,6 +267,14 @@ impl Transport for MemTransport {
 
     fn waker(&self) -> Waker {
         self.parker.waker()
+    }
+
+    fn split(&mut self, members: &[usize], id: u64, _deadline: Instant) -> Result<Forming, Error> {
+        place(members, self.rank, self.world_size())?;
+        let (former, forming) = Forming::new();
+        former.finish(Ok(Box::new(self.take_place(members, id)?)));
+        self.waker().wake();
+        Ok(forming)
     }
 
     fn abort(&mut self, message: &[u8], _deadline: Instant) {

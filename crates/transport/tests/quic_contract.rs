@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use paceline_transport::quic::{Member, QuicTransport, Roster};
-use paceline_transport::{CONTROL_MESSAGE_LIMIT, Error, Transport};
+use paceline_transport::{CONTROL_MESSAGE_LIMIT, Error, Forming, Transport};
 use quic_common::*;
 
 /// Sends `outgoing` and receives as much as `incoming` at the same time; checks what comes.
@@ -367,6 +367,61 @@ fn a_new_epoch_forms_on_the_same_endpoints_while_the_old_one_ends() {
         recv_exact(&mut one, 0, &mut [0; 7]).expect("the link is up");
         assert_eq!((zero.epoch(), one.epoch()), (2, 2));
     });
+}
+
+/// The links of a new group, which must be there in time.
+fn formed(transport: &mut QuicTransport, forming: &mut Forming) -> Result<Box<dyn Transport>, Error> {
+    let deadline = deadline();
+    loop {
+        if let Some(result) = forming.take() {
+            return result;
+        }
+        assert!(Instant::now() < deadline, "no result in time");
+        transport.wait(deadline);
+    }
+}
+
+#[test]
+fn a_group_split_from_others_has_links_of_its_own() {
+    let group = Group::bind("split", 3);
+    let mut transports = group.connect(1);
+    let (one, rest) = transports.split_at_mut(2);
+    let (one, two) = (&mut one[1], &mut rest[0]);
+    // Rank 2 becomes rank 0, and is dialled before it has begun.
+    let mut forming_one = one.split(&[2, 1], 77, deadline()).expect("a member");
+    assert!(forming_one.take().is_none());
+    thread::sleep(Duration::from_millis(50));
+    let mut forming_two = two.split(&[2, 1], 77, deadline()).expect("a member");
+    let mut new_two = formed(two, &mut forming_two).expect("rank 1 has come");
+    let mut new_one = formed(one, &mut forming_one).expect("rank 2 has come");
+    assert_eq!((new_one.rank(), new_two.rank(), new_one.world_size()), (1, 0, 2));
+    assert_eq!(new_one.epoch(), 1);
+    send_all(two, 1, b"old").expect("the old link lives");
+    assert_eq!(new_two.try_send(1, &[IoSlice::new(b"new")]), Ok(3));
+    let mut bytes = [0; 3];
+    recv_exact(one, 2, &mut bytes).expect("the old link lives");
+    assert_eq!(&bytes, b"old");
+    new_two.leave(deadline()).expect("rank 1 has it all");
+    while new_one.try_recv(0, &mut bytes) == Ok(0) {
+        new_one.wait(deadline());
+    }
+    assert_eq!(&bytes, b"new");
+    let mut again = one.split(&[2, 1], 77, deadline()).expect("a member");
+    assert!(matches!(formed(one, &mut again), Err(Error::Usage { .. })), "the id is in use");
+}
+
+#[test]
+fn members_that_do_not_split_are_named_at_the_deadline() {
+    let (_group, mut zero, mut one) = pair("no-split");
+    for (members, id) in [(&[1][..], 5), (&[0, 2], 5), (&[0, 1], 0)] {
+        assert!(matches!(zero.split(members, id, deadline()), Err(Error::Usage { .. })), "{members:?}");
+    }
+    let soon = || Instant::now() + Duration::from_millis(300);
+    for (transport, absent) in [(&mut zero, "rank 1"), (&mut one, "rank 0")] {
+        let mut forming = transport.split(&[0, 1], 5, soon()).expect("a member");
+        let error = formed(transport, &mut forming).expect_err("nobody else splits").to_string();
+        assert!(error.contains(absent), "{error}");
+    }
 }
 
 #[test]

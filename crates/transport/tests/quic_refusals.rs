@@ -25,6 +25,7 @@ struct Hello<'a> {
 struct LinkHello<'a> {
     job: &'a str,
     epoch: u64,
+    group: u64,
     from: usize,
     to: usize,
 }
@@ -413,7 +414,7 @@ impl HandMade {
             assert_eq!(welcome.read_to_end(64).await.expect("a welcome"), framed(&1_u16));
             let (mut control, mut granted) = raw_lane(&connection, 2).await;
             let (data, data_in) = raw_lane(&connection, 3).await;
-            let ask = LinkHello { job, epoch: 1, from: 1, to: 0 };
+            let ask = LinkHello { job, epoch: 1, group: 0, from: 1, to: 0 };
             control.write_all(&framed(&ask)).await.expect("open");
             let mut answer = vec![0; framed(&1_u64).len()];
             granted.read_exact(&mut answer).await.expect("a grant");

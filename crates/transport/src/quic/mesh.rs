@@ -4,17 +4,18 @@
 //! higher priority and a data stream, both in both directions. The dialler opens both and says
 //! [`LinkHello`]; the link counts, on both sides, with [`LinkWelcome`].
 //!
-//! The accept loop lives as long as the transport, to turn away what comes late: a member of another
+//! One [`Door`] accepts for all groups of an epoch on an endpoint: that of the epoch itself and those that
+//! were split from it. It lives as long as one of them, to turn away what comes late: a member of another
 //! epoch, a stranger to the roster, a second link for a pair that has one.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use quinn::{RecvStream, SendStream};
 use serde::{Deserialize, Serialize};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout, timeout_at};
 
@@ -26,6 +27,13 @@ use crate::{CONTROL_MESSAGE_LIMIT, Error};
 
 /// How long a dialler that has been let in may take to say [`LinkHello`].
 const HELLO_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long somebody who asks for a link of a group may wait until this rank begins to form it. Members
+/// begin at the same time, but for their own delays; who comes later dials again.
+const GROUP_LIMIT: Duration = Duration::from_secs(2);
+
+/// The group of all ranks of an epoch.
+pub(super) const WORLD: u64 = 0;
 
 /// The limits between which the time for one attempt to dial doubles. The first ones are short, since
 /// QUIC repeats an unanswered first packet ever more slowly and a peer that is just starting should be
@@ -80,12 +88,38 @@ pub(super) struct CloseOnDrop {
     code: CloseCode,
 }
 
-/// All links of a new transport, and the loop that refuses further ones while it lives.
+/// All links of a new transport, and what refuses further ones while it lives.
 #[derive(Debug)]
 pub(super) struct Mesh {
+    pub(super) roster: Roster,
     /// By rank; `None` at this rank.
     pub(super) links: Vec<Option<RawLink>>,
-    pub(super) gatekeeper: Task<()>,
+    pub(super) gate: Gate,
+}
+
+/// Accepts everybody who dials an endpoint in one epoch, and sends them to the gatekeeper of the group that
+/// they ask for.
+#[derive(Debug)]
+pub(super) struct Door {
+    endpoint: Endpoint,
+    gates: Arc<Gates>,
+    _accept_loop: Task<()>,
+}
+
+/// The gatekeepers behind a door.
+#[derive(Debug)]
+struct Gates {
+    job: String,
+    epoch: u64,
+    by_group: Mutex<HashMap<u64, Arc<Gatekeeper>>>,
+    opened: Notify,
+}
+
+/// A group's place behind the door, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Gate {
+    door: Arc<Door>,
+    group: u64,
 }
 
 /// Asks for a link.
@@ -93,6 +127,8 @@ pub(super) struct Mesh {
 struct LinkHello {
     job: String,
     epoch: u64,
+    /// Which of the epoch's groups; the ranks are those of the group.
+    group: u64,
     from: usize,
     to: usize,
 }
@@ -107,6 +143,7 @@ struct LinkWelcome {
 #[derive(Debug)]
 struct Gatekeeper {
     roster: Roster,
+    group: u64,
     state: Mutex<GateState>,
     arrivals: mpsc::UnboundedSender<(usize, RawLink)>,
 }
@@ -176,18 +213,85 @@ impl Drop for CloseOnDrop {
     }
 }
 
-/// Links up with all other ranks. Runs on the I/O thread.
-pub(super) async fn form(endpoint: Endpoint, roster: Roster, deadline: Instant) -> Result<Mesh, Error> {
+impl Door {
+    /// Opens the door of an epoch. The endpoint should have no other.
+    pub(super) fn open(endpoint: &Endpoint, roster: &Roster) -> Arc<Self> {
+        let gates = Arc::new(Gates {
+            job: roster.job.clone(),
+            epoch: roster.epoch,
+            by_group: Mutex::default(),
+            opened: Notify::new(),
+        });
+        let accept_loop = endpoint.io().task(accept_links(endpoint.clone(), gates.clone()));
+        Arc::new(Self { endpoint: endpoint.clone(), gates, _accept_loop: accept_loop })
+    }
+
+    /// Lets in those who ask for `gatekeeper`'s group.
+    fn admit(self: &Arc<Self>, gatekeeper: &Arc<Gatekeeper>) -> Result<Gate, Error> {
+        let group = gatekeeper.group;
+        let mut by_group = self.gates.by_group();
+        if by_group.contains_key(&group) {
+            let reason = format!("group {group:016x} of epoch {} is formed already", self.gates.epoch);
+            return Err(Error::Usage { reason });
+        }
+        by_group.insert(group, gatekeeper.clone());
+        drop(by_group);
+        self.gates.opened.notify_waiters();
+        Ok(Gate { door: self.clone(), group })
+    }
+}
+
+impl Gate {
+    pub(super) fn door(&self) -> &Arc<Door> {
+        &self.door
+    }
+}
+
+impl Drop for Gate {
+    fn drop(&mut self) {
+        self.door.gates.by_group().remove(&self.group);
+    }
+}
+
+impl Gates {
+    fn by_group(&self) -> MutexGuard<'_, HashMap<u64, Arc<Gatekeeper>>> {
+        // Entries are put in and taken out whole.
+        self.by_group.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The gatekeeper of a group, as soon as this rank forms it.
+    async fn find(&self, group: u64) -> Arc<Gatekeeper> {
+        loop {
+            let opened = self.opened.notified();
+            tokio::pin!(opened);
+            // Before the look: a gate that opens after it is noticed.
+            opened.as_mut().enable();
+            if let Some(gatekeeper) = self.by_group().get(&group) {
+                return gatekeeper.clone();
+            }
+            opened.await;
+        }
+    }
+}
+
+/// Links up with all other ranks of a group. Runs on the I/O thread.
+pub(super) async fn form(
+    door: Arc<Door>,
+    roster: Roster,
+    group: u64,
+    deadline: Instant,
+) -> Result<Mesh, Error> {
     let started = Instant::now();
     let world_size = roster.members.len();
     let (arrivals, mut arrived) = mpsc::unbounded_channel();
     let state = GateState { taken: vec![None; world_size], formed: false };
-    let gatekeeper = Arc::new(Gatekeeper { roster, state: Mutex::new(state), arrivals });
-    let accept_loop = endpoint.io().task(accept_links(endpoint.clone(), gatekeeper.clone()));
+    let gatekeeper =
+        Arc::new(Gatekeeper { roster: roster.clone(), group, state: Mutex::new(state), arrivals });
+    let gate = door.admit(&gatekeeper)?;
     let attempts = Attempts::new(world_size);
     let mut diallers = JoinSet::new();
-    for peer in 0..gatekeeper.roster.rank {
-        diallers.spawn(dial(endpoint.clone(), gatekeeper.clone(), peer, attempts.clone()));
+    for peer in 0..roster.rank {
+        diallers.spawn(dial(door.endpoint.clone(), gatekeeper.clone(), peer, attempts.clone()));
     }
     let mut links: Vec<Option<RawLink>> = (0..world_size).map(|_| None).collect();
     while links.iter().flatten().count() + 1 < world_size {
@@ -195,13 +299,13 @@ pub(super) async fn form(endpoint: Endpoint, roster: Roster, deadline: Instant) 
             Ok(Some((peer, link))) => links[peer] = Some(link),
             // The gatekeeper holds a sender: the channel cannot end before.
             Ok(None) | Err(_) => {
-                let what = missing(&gatekeeper.roster, &links, &attempts);
+                let what = missing(&roster, &links, &attempts);
                 return Err(Error::TimedOut { what, elapsed: started.elapsed() });
             }
         }
     }
     gatekeeper.state().formed = true;
-    Ok(Mesh { links, gatekeeper: accept_loop })
+    Ok(Mesh { roster, links, gate })
 }
 
 /// What each dialler saw last, for the error at the deadline.
@@ -239,7 +343,7 @@ fn missing(roster: &Roster, links: &[Option<RawLink>], attempts: &Attempts) -> S
 async fn dial(endpoint: Endpoint, gatekeeper: Arc<Gatekeeper>, peer: usize, attempts: Attempts) {
     let (mut limit, mut pause) = (ATTEMPT.0, PAUSE.0);
     loop {
-        let reason = match dial_once(&endpoint, &gatekeeper.roster, peer, limit).await {
+        let reason = match dial_once(&endpoint, &gatekeeper, peer, limit).await {
             Ok(link) => {
                 // The receiver goes when the group is given up, and then the link must be closed.
                 return drop(gatekeeper.arrivals.send((peer, link)));
@@ -259,17 +363,19 @@ async fn dial(endpoint: Endpoint, gatekeeper: Arc<Gatekeeper>, peer: usize, atte
 /// caller's: it may not have learnt of the epoch yet.
 async fn dial_once(
     endpoint: &Endpoint,
-    roster: &Roster,
+    gatekeeper: &Gatekeeper,
     peer: usize,
     limit: Duration,
 ) -> Result<RawLink, Error> {
+    let Gatekeeper { roster, group, .. } = gatekeeper;
     let Member { name, addr } = &roster.members[peer];
     let connection = CloseOnDrop::new(endpoint.connect_within(*addr, name, limit).await?);
     let control = connection.get().open(Lane::Messages, CONTROL_MESSAGE_LIMIT + CONTROL_OVERHEAD).await?;
     let data = connection.get().open_stream(Lane::Data).await?;
     let mut link = RawLink { connection, control, data };
     link.control.0.set_priority(CONTROL_PRIORITY);
-    let hello = LinkHello { job: roster.job.clone(), epoch: roster.epoch, from: roster.rank, to: peer };
+    let (job, epoch, group) = (roster.job.clone(), roster.epoch, *group);
+    let hello = LinkHello { job, epoch, group, from: roster.rank, to: peer };
     link.control.0.send(&hello).await?;
     match link.control.1.recv::<LinkWelcome>().await? {
         Some(welcome) if welcome.epoch == roster.epoch => Ok(link),
@@ -281,12 +387,12 @@ async fn dial_once(
 }
 
 /// Answers everyone who asks for a link, side by side, for as long as it is polled.
-async fn accept_links(endpoint: Endpoint, gatekeeper: Arc<Gatekeeper>) {
+async fn accept_links(endpoint: Endpoint, gates: Arc<Gates>) {
     let mut answers = JoinSet::new();
     loop {
         tokio::select! {
             connection = endpoint.accept() => match connection {
-                Ok(connection) => { answers.spawn(answer(gatekeeper.clone(), connection)); }
+                Ok(connection) => { answers.spawn(answer(gates.clone(), connection)); }
                 Err(_) => return,
             },
             Some(_) = answers.join_next() => {}
@@ -294,15 +400,15 @@ async fn accept_links(endpoint: Endpoint, gatekeeper: Arc<Gatekeeper>) {
     }
 }
 
-async fn answer(gatekeeper: Arc<Gatekeeper>, connection: Connection) {
-    let granted = timeout(HELLO_LIMIT, gatekeeper.grant(connection.clone())).await;
+async fn answer(gates: Arc<Gates>, connection: Connection) {
+    let granted = timeout(HELLO_LIMIT, gates.grant(connection.clone())).await;
     let refusal = match granted {
-        Ok(Ok((peer, link))) => return drop(gatekeeper.arrivals.send((peer, link))),
+        Ok(Ok(())) => return,
         Ok(Err(refusal)) => refusal,
         Err(_) => Refusal::Wrong(format!("it asked for no link within {} s", HELLO_LIMIT.as_secs())),
     };
     let (remote, member) = (connection.remote_address(), connection.member());
-    let epoch = gatekeeper.roster.epoch;
+    let epoch = gates.epoch;
     if let Some(error) = connection.quinn().close_reason() {
         tracing::debug!(%remote, member, epoch, reason = in_words(&error), "a dialler went away");
         return;
@@ -320,14 +426,9 @@ async fn answer(gatekeeper: Arc<Gatekeeper>, connection: Connection) {
     connection.close_with(CloseCode::Refused, &reason);
 }
 
-impl Gatekeeper {
-    fn state(&self) -> MutexGuard<'_, GateState> {
-        // Both fields are replaced whole: no panic leaves them half written.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Hears who asks, decides, and grants the link.
-    async fn grant(&self, connection: Connection) -> Result<(usize, RawLink), Refusal> {
+impl Gates {
+    /// Hears who asks, has the group's gatekeeper decide, and grants the link.
+    async fn grant(&self, connection: Connection) -> Result<(), Refusal> {
         let failed = |error: Error| match error {
             Error::Refused { reason, .. } => Refusal::Wrong(reason),
             error => Refusal::Wrong(error.to_string()),
@@ -336,12 +437,27 @@ impl Gatekeeper {
         let mut control = connection.accept(Lane::Messages, limit).await.map_err(failed)?;
         let hello = control.1.recv::<LinkHello>().await.map_err(failed)?;
         let hello = hello.ok_or_else(|| Refusal::Wrong("it asked for no link".to_owned()))?;
-        judge(&self.roster, connection.member(), &hello)?;
+        judge_epoch(&self.job, self.epoch, &hello)?;
+        let gatekeeper = timeout(GROUP_LIMIT, self.find(hello.group)).await;
+        let gatekeeper = gatekeeper.map_err(|_| {
+            Refusal::Ahead(format!("it asks for group {:016x}, which is not formed here now", hello.group))
+        })?;
+        judge(&gatekeeper.roster, connection.member(), &hello)?;
         let data = connection.accept_stream(Lane::Data).await.map_err(failed)?;
-        self.claim(hello.from, connection.quinn())?;
+        gatekeeper.claim(hello.from, connection.quinn())?;
         control.0.set_priority(CONTROL_PRIORITY);
-        control.0.send(&LinkWelcome { epoch: self.roster.epoch }).await.map_err(failed)?;
-        Ok((hello.from, RawLink { connection: CloseOnDrop::new(connection), control, data }))
+        control.0.send(&LinkWelcome { epoch: self.epoch }).await.map_err(failed)?;
+        let link = RawLink { connection: CloseOnDrop::new(connection), control, data };
+        // The receiver goes when the group is given up, and then the link must be closed.
+        drop(gatekeeper.arrivals.send((hello.from, link)));
+        Ok(())
+    }
+}
+
+impl Gatekeeper {
+    fn state(&self) -> MutexGuard<'_, GateState> {
+        // Both fields are replaced whole: no panic leaves them half written.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes the place of a link to `peer`, unless a live one has it.
@@ -356,16 +472,22 @@ impl Gatekeeper {
     }
 }
 
-/// Whether `member`, by its certificate, may have the link that `hello` asks for.
+/// Whether `hello` asks for a link of this epoch.
+fn judge_epoch(job: &str, epoch: u64, hello: &LinkHello) -> Result<(), Refusal> {
+    if hello.job != job {
+        return Err(Refusal::Wrong(format!("it asks for the job \"{}\"", quote(hello.job.as_bytes()))));
+    }
+    if hello.epoch != epoch {
+        let reason = format!("it is in epoch {} and we are in {epoch}", hello.epoch);
+        return Err(if hello.epoch > epoch { Refusal::Ahead(reason) } else { Refusal::Wrong(reason) });
+    }
+    Ok(())
+}
+
+/// Whether `member`, by its certificate, may have the link of a group that `hello` asks for.
 fn judge(roster: &Roster, member: &str, hello: &LinkHello) -> Result<(), Refusal> {
-    let LinkHello { job, epoch, from, to } = hello;
-    if *job != roster.job {
-        return Err(Refusal::Wrong(format!("it asks for the job \"{}\"", quote(job.as_bytes()))));
-    }
-    if *epoch != roster.epoch {
-        let reason = format!("it is in epoch {epoch} and we are in {}", roster.epoch);
-        return Err(if *epoch > roster.epoch { Refusal::Ahead(reason) } else { Refusal::Wrong(reason) });
-    }
+    let LinkHello { from, to, .. } = hello;
+    let epoch = roster.epoch;
     if !roster.members.iter().any(|known| known.name == member) {
         return Err(Refusal::Wrong(format!("{member} is not a member of epoch {epoch}")));
     }
@@ -395,7 +517,7 @@ mod tests {
     }
 
     fn hello() -> LinkHello {
-        LinkHello { job: "job".to_owned(), epoch: 7, from: 2, to: 1 }
+        LinkHello { job: "job".to_owned(), epoch: 7, group: WORLD, from: 2, to: 1 }
     }
 
     #[test]
@@ -411,9 +533,15 @@ mod tests {
         assert!(refused("c", LinkHello { from: 9, ..hello() }).contains("not rank 9"));
         assert!(refused("c", LinkHello { to: 0, ..hello() }).contains("asks for rank 0"));
         assert!(refused("a", LinkHello { from: 0, ..hello() }).contains("the other way"));
-        assert!(refused("c", LinkHello { job: "other".to_owned(), ..hello() }).contains("other"));
-        assert!(refused("c", LinkHello { epoch: 6, ..hello() }).contains("epoch 6"));
-        let ahead = judge(&roster, "c", &LinkHello { epoch: 8, ..hello() });
+        let judge_epoch = |hello: LinkHello| judge_epoch("job", 7, &hello);
+        assert_eq!(judge_epoch(hello()), Ok(()));
+        let wrong = |hello: LinkHello, reason: &str| match judge_epoch(hello) {
+            Err(Refusal::Wrong(text)) => text.contains(reason),
+            _ => false,
+        };
+        assert!(wrong(LinkHello { job: "other".to_owned(), ..hello() }, "other"));
+        assert!(wrong(LinkHello { epoch: 6, ..hello() }, "epoch 6"));
+        let ahead = judge_epoch(LinkHello { epoch: 8, ..hello() });
         assert!(matches!(ahead, Err(Refusal::Ahead(_))), "{ahead:?}");
     }
 

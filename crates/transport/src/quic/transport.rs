@@ -16,10 +16,11 @@ use tokio::time::timeout_at;
 use super::close::{CloseCode, in_words};
 use super::connection::{Connection, MessageReceiver, MessageSender};
 use super::endpoint::Endpoint;
-use super::io::{IoHandle, Task};
-use super::mesh::{self, CloseOnDrop, Mesh, RawLink, Roster};
+use super::io::IoHandle;
+use super::mesh::{self, CloseOnDrop, Door, Gate, Mesh, RawLink, Roster};
+use crate::forming::place;
 use crate::park::Parker;
-use crate::{CONTROL_MESSAGE_LIMIT, Error, Transport};
+use crate::{CONTROL_MESSAGE_LIMIT, Error, Forming, Transport};
 
 /// Control messages that may wait on either side of a link.
 ///
@@ -33,8 +34,7 @@ const CONTROL_QUEUE_LIMIT: usize = 512;
 /// `Lost` after 10 s at the latest.
 #[derive(Debug)]
 pub struct QuicTransport {
-    rank: usize,
-    epoch: u64,
+    roster: Roster,
     io: IoHandle,
     parker: Parker,
     waker: Waker,
@@ -42,7 +42,7 @@ pub struct QuicTransport {
     links: Vec<Option<Link>>,
     /// Whether this side has left or aborted.
     over: bool,
-    _gatekeeper: Task<()>,
+    gate: Gate,
 }
 
 /// One peer's streams, as the caller's thread uses them.
@@ -99,7 +99,8 @@ impl QuicTransport {
     /// Links up with all other ranks of an epoch: dials the lower ranks, is dialled by the higher ones,
     /// and tries again until `deadline`. Blocks; every rank must call it, in any order.
     ///
-    /// The endpoint accepts for this transport until it is dropped, and should have no other consumer.
+    /// The endpoint accepts for this transport until it and all that were [split](Transport::split) from it
+    /// are dropped, and should have no other consumer.
     /// Peers of another epoch, strangers to the roster and second links are refused and logged.
     ///
     /// # Errors
@@ -122,20 +123,24 @@ impl QuicTransport {
     ) -> Result<Self, Error> {
         roster.check(endpoint)?;
         let io = endpoint.io().clone();
-        let (rank, epoch) = (roster.rank, roster.epoch);
-        let forming = mesh::form(endpoint.clone(), roster, deadline);
+        let epoch = roster.epoch;
+        let forming = mesh::form(Door::open(endpoint, &roster), roster, mesh::WORLD, deadline);
         let formed = io.block_on(async move {
             tokio::select! {
                 formed = forming => formed,
                 reason = give_up => Err(Error::GaveUp { what: format!("links of epoch {epoch}"), reason }),
             }
         });
-        let Mesh { links, gatekeeper } = formed??;
+        Ok(Self::over(formed??, io))
+    }
+
+    fn over(mesh: Mesh, io: IoHandle) -> Self {
+        let Mesh { roster, links, gate } = mesh;
         let parker = Parker::new();
         let waker = parker.waker();
         let to_link = |(peer, raw): (usize, Option<RawLink>)| Some(Link::new(peer, raw?, &io, &waker));
         let links = links.into_iter().enumerate().map(to_link).collect();
-        Ok(Self { rank, epoch, parker, waker, links, over: false, _gatekeeper: gatekeeper, io })
+        Self { roster, parker, waker, links, over: false, gate, io }
     }
 
     fn link(&mut self, peer: usize) -> (&mut Link, Context<'_>) {
@@ -165,7 +170,7 @@ impl Transport for QuicTransport {
     }
 
     fn rank(&self) -> usize {
-        self.rank
+        self.roster.rank
     }
 
     fn world_size(&self) -> usize {
@@ -173,7 +178,7 @@ impl Transport for QuicTransport {
     }
 
     fn epoch(&self) -> u64 {
-        self.epoch
+        self.roster.epoch
     }
 
     fn try_send(&mut self, to: usize, parts: &[IoSlice<'_>]) -> Result<usize, Error> {
@@ -206,6 +211,26 @@ impl Transport for QuicTransport {
 
     fn waker(&self) -> Waker {
         self.parker.waker()
+    }
+
+    fn split(&mut self, members: &[usize], id: u64, deadline: Instant) -> Result<Forming, Error> {
+        let rank = place(members, self.roster.rank, self.links.len())?;
+        if id == mesh::WORLD {
+            return Err(Error::Usage { reason: "this id is that of all ranks".to_owned() });
+        }
+        let members = members.iter().map(|&member| self.roster.members[member].clone()).collect();
+        let roster = Roster { rank, members, ..self.roster.clone() };
+        let (mut former, forming) = Forming::new();
+        let (door, io, waker) = (self.gate.door().clone(), self.io.clone(), self.parker.waker());
+        self.io.spawn(async move {
+            let formed = tokio::select! {
+                formed = mesh::form(door, roster, id, deadline) => formed,
+                () = former.given_up() => return,
+            };
+            former.finish(formed.map(|mesh| Box::new(Self::over(mesh, io)) as Box<dyn Transport>));
+            waker.wake();
+        });
+        Ok(forming)
     }
 
     fn abort(&mut self, message: &[u8], deadline: Instant) {
