@@ -107,6 +107,8 @@ pub struct Communicator {
     counters: Arc<Counters>,
     /// The number of collectives issued so far.
     issued: u64,
+    /// Tells it from other communicators of the same epoch; 0 for the one that the others are split from.
+    group: u64,
 }
 
 #[derive(Debug, Default)]
@@ -140,7 +142,7 @@ impl Communicator {
         let fault = Arc::new(Fault::new(transport.waker()));
         let (rank, world_size) = (transport.rank(), transport.world_size());
         let progress = Progress::new(Engine::new(transport, fault.clone(), config.timeout));
-        Ok(Self { rank, world_size, config, progress, fault, counters: Arc::default(), issued: 0 })
+        Ok(Self { rank, world_size, config, progress, fault, counters: Arc::default(), issued: 0, group: 0 })
     }
 
     /// This rank (NCCL: `ncclCommUserRank`).
@@ -565,6 +567,31 @@ impl Communicator {
         self.run(call, Buffers::separate(&[], buffer))
     }
 
+    /// Forms a new communicator of the ranks that pass the same `color`, ordered by `key` and then by rank here
+    /// (NCCL: `ncclCommSplit`, MPI: `MPI_Comm_split`). `None` joins no new group, and gets none.
+    ///
+    /// All ranks call it, as they call a collective. The new communicator has this one's configuration, links
+    /// and operation numbers of its own, and outlives this one; it is left or dropped by itself. What an
+    /// [`Interrupter`] of this one says about dead ranks, it hears too. Blocks until the links are made.
+    ///
+    /// # Errors
+    /// Fatal ones only, to this communicator.
+    pub fn split(&mut self, color: Option<u32>, key: i32) -> Result<Option<Self>, Error> {
+        let mine = Choice { color, key }.to_words();
+        let mut choices = vec![0; mine.len() * self.world_size];
+        let call = self.call::<u64>(Kind::Split, mine.len())?;
+        let operation = call.operation;
+        self.run(call, Buffers::separate(&mine, &mut choices))?;
+        let Some(color) = color else { return Ok(None) };
+        let members = members_of(color, &choices);
+        let group = group_id(self.group, operation.number, color);
+        let transport = self.progress.run(|engine| engine.split(operation, &members, group))?;
+        let mut split = Self::new(transport, self.config.clone())?;
+        split.group = group;
+        self.fault.adopt(&split.fault, members);
+        Ok(Some(split))
+    }
+
     /// Leaves the group in order: finishes what was started, says goodbye, and returns when the others
     /// have everything this rank sent. Later operations of theirs that need this rank are a
     /// [`PeerLeft`](Error::PeerLeft) error, not a loss. Blocks, for the configured timeout at most.
@@ -610,7 +637,7 @@ impl Communicator {
             (Kind::ReduceScatter(_) | Kind::ReduceScatterV { .. }, false) => Schedule::ReduceScatterDirect,
             (Kind::ReduceScatter(_) | Kind::ReduceScatterV { .. }, true) => Schedule::ReduceScatterRing,
             (Kind::AllGather | Kind::AllGatherV { .. }, true) => Schedule::AllGatherRing,
-            (Kind::AllGather | Kind::AllGatherV { .. } | Kind::AllToAllCounts, _) => {
+            (Kind::AllGather | Kind::AllGatherV { .. } | Kind::AllToAllCounts | Kind::Split, _) => {
                 Schedule::AllGatherDirect
             }
             (Kind::Gather { root }, _) => Schedule::Gather { root },
@@ -832,7 +859,8 @@ fn has_one_schedule(kind: Kind) -> bool {
         | Kind::Scatter { .. }
         | Kind::AllToAll
         | Kind::AllToAllCounts
-        | Kind::AllToAllV { .. } => true,
+        | Kind::AllToAllV { .. }
+        | Kind::Split => true,
         Kind::AllReduce(_)
         | Kind::Reduce { .. }
         | Kind::ReduceScatter(_)
@@ -841,6 +869,49 @@ fn has_one_schedule(kind: Kind) -> bool {
         | Kind::AllGatherV { .. }
         | Kind::Broadcast { .. } => false,
     }
+}
+
+/// What a rank asks for in a split.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Choice {
+    color: Option<u32>,
+    key: i32,
+}
+
+impl Choice {
+    /// The color, or a number that is none, and the key in two's complement.
+    fn to_words(self) -> [u64; 2] {
+        [self.color.map_or(u64::MAX, u64::from), self.key as u64]
+    }
+
+    fn from_words([color, key]: [u64; 2]) -> Self {
+        Self { color: u32::try_from(color).ok(), key: key as i32 }
+    }
+}
+
+/// The ranks that chose `color`, in the order of their new ranks.
+fn members_of(color: u32, choices: &[u64]) -> Vec<usize> {
+    let choices = choices.chunks_exact(2).map(|words| Choice::from_words([words[0], words[1]]));
+    let mut members: Vec<(i32, usize)> = choices
+        .enumerate()
+        .filter(|(_, choice)| choice.color == Some(color))
+        .map(|(rank, choice)| (choice.key, rank))
+        .collect();
+    members.sort_unstable();
+    members.into_iter().map(|(_, rank)| rank).collect()
+}
+
+/// The id of a group: equal on its members, and different for another parent, split or color but by a chance
+/// of 1 in 2^64. The finaliser of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014) for each of the three.
+fn group_id(parent: u64, number: u64, color: u32) -> u64 {
+    let mixed = [parent, number, u64::from(color)].into_iter().fold(0, |id: u64, word| {
+        let mut x = (id ^ word).wrapping_add(0x9e37_79b9_7f4a_7c15);
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    });
+    // 0 is the group that is split from none.
+    mixed.max(1)
 }
 
 /// The shares that counts which add up to the length of a buffer make.
@@ -885,6 +956,30 @@ fn check_len(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn members_are_ordered_by_key_and_then_by_rank() {
+        let choices =
+            [(Some(1), 5), (None, 0), (Some(1), -5), (Some(0), 9), (Some(1), 5), (Some(u32::MAX), 0)];
+        let words: Vec<u64> =
+            choices.iter().flat_map(|&(color, key)| Choice { color, key }.to_words()).collect();
+        assert_eq!(members_of(1, &words), [2, 0, 4]);
+        assert_eq!(members_of(0, &words), [3]);
+        assert_eq!(members_of(u32::MAX, &words), [5], "no color is none of the colors");
+    }
+
+    #[test]
+    fn groups_have_different_ids() {
+        let mut ids: Vec<u64> = Vec::new();
+        for parent in [0, 1, group_id(0, 1, 0)] {
+            ids.extend((1..50).flat_map(|number| [0, 1, 2].map(|color| group_id(parent, number, color))));
+        }
+        let count = ids.len();
+        ids.sort_unstable();
+        ids.dedup();
+        assert_eq!(ids.len(), count);
+        assert!(!ids.contains(&0));
+    }
 
     #[test]
     fn ranks_that_disagree_on_a_count_are_named() {

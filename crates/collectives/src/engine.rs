@@ -132,9 +132,58 @@ impl Engine {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
+        let mut running = self.begin(operation, reducer, buffers);
+        if self.history.len() == HISTORY_LEN {
+            self.history.pop_front();
+        }
+        self.history.push_back(operation);
+        self.run_rounds(plan, &mut running).map_err(|error| self.fail(error))
+    }
+
+    /// Forms the links of a new group of `members` for an operation whose exchange has run. Blocks like
+    /// [`run`](Self::run), and notices the same things meanwhile.
+    pub(crate) fn split(
+        &mut self,
+        operation: Operation,
+        members: &[usize],
+        id: u64,
+    ) -> Result<Box<dyn Transport>, Error> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        let mut running = self.begin(operation, None, Buffers::in_place::<u8>(&mut []));
+        self.form(members, id, &mut running).map_err(|error| self.fail(error))
+    }
+
+    fn form(
+        &mut self,
+        members: &[usize],
+        id: u64,
+        running: &mut Running<'_>,
+    ) -> Result<Box<dyn Transport>, Error> {
+        // The engine's own deadline comes first: it finds out who is late.
+        let deadline = running.deadline + 2 * LATE_GRACE;
+        let others: Vec<usize> =
+            members.iter().copied().filter(|&member| member != self.transport.rank()).collect();
+        let forming = self.transport.split(members, id, deadline);
+        let mut forming = forming.map_err(|error| self.link_error(error, running))?;
+        loop {
+            match forming.take() {
+                Some(formed) => return formed.map_err(|error| self.link_error(error, running)),
+                None => self.look_and_park(&others, &[], running)?,
+            }
+        }
+    }
+
+    /// Leaves in order; the engine is of no use afterwards.
+    pub(crate) fn leave(&mut self, deadline: Instant) -> Result<(), Error> {
+        self.transport.leave(deadline).map_err(|error| Error::Leave { reason: error.to_string() })
+    }
+
+    fn begin<'a>(&self, operation: Operation, reducer: Option<Reducer>, buffers: Buffers<'a>) -> Running<'a> {
         let started = Instant::now();
         let world_size = self.transport.world_size();
-        let mut running = Running {
+        Running {
             operation,
             buffers,
             reducer,
@@ -143,17 +192,7 @@ impl Engine {
             frames_sent: vec![0; world_size],
             frames_received: vec![0; world_size],
             late: Late::default(),
-        };
-        if self.history.len() == HISTORY_LEN {
-            self.history.pop_front();
         }
-        self.history.push_back(operation);
-        self.run_rounds(plan, &mut running).map_err(|error| self.fail(error))
-    }
-
-    /// Leaves in order; the engine is of no use afterwards.
-    pub(crate) fn leave(&mut self, deadline: Instant) -> Result<(), Error> {
-        self.transport.leave(deadline).map_err(|error| Error::Leave { reason: error.to_string() })
     }
 
     fn run_rounds(&mut self, plan: &Plan, running: &mut Running<'_>) -> Result<(), Error> {
@@ -329,7 +368,16 @@ impl Engine {
         waiting_for.extend(sends.iter().map(|send| send.transfer.peer));
         waiting_for.sort_unstable();
         waiting_for.dedup();
-        self.hear_bad_news(running, &waiting_for)?;
+        self.look_and_park(&waiting_for, receives, running)
+    }
+
+    fn look_and_park(
+        &mut self,
+        waiting_for: &[usize],
+        receives: &[Incoming],
+        running: &mut Running<'_>,
+    ) -> Result<(), Error> {
+        self.hear_bad_news(running, waiting_for)?;
         self.look_for_mismatch(receives, running)?;
         let now = Instant::now();
         let until = match running.late.asked_at {
@@ -341,7 +389,7 @@ impl Engine {
             }
             Some(asked_at) if now < asked_at + LATE_GRACE => asked_at + LATE_GRACE,
             Some(_) => {
-                let culprits = running.late.culprits(self.transport.rank(), &waiting_for);
+                let culprits = running.late.culprits(self.transport.rank(), waiting_for);
                 return Err(Error::TimedOut {
                     operation: running.operation,
                     waiting_for: culprits,

@@ -1,7 +1,7 @@
 //! Bad news from outside: how the owner of a communicator ends an operation that another thread is in.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::Waker;
 
 /// Ends operations of one communicator from any thread.
@@ -18,12 +18,13 @@ impl Interrupter {
     /// Says that a rank is dead, with the reason in words ("was killed by signal 9 (SIGKILL)").
     ///
     /// The running operation, or the next, ends in [`Error::PeerLost`](crate::Error::PeerLost) naming
-    /// the rank, unless it has left in order. Does not block.
+    /// the rank, unless it has left in order. The communicators that were split from this one are told too,
+    /// where the rank is a member. Does not block.
     pub fn peer_lost(&self, rank: usize, reason: &str) {
-        self.fault.raise(|news| news.lost.push((rank, reason.to_owned())));
+        self.fault.peer_lost(rank, reason);
     }
 
-    /// Ends the running operation, or the next, in
+    /// Ends the running operation, or the next, of this communicator alone in
     /// [`Error::Interrupted`](crate::Error::Interrupted). The first reason is kept. Does not block.
     pub fn interrupt(&self, reason: &str) {
         self.fault.raise(|news| {
@@ -37,7 +38,23 @@ impl Interrupter {
 pub(crate) struct Fault {
     raised: AtomicBool,
     news: Mutex<News>,
+    family: Mutex<Family>,
     waker: Waker,
+}
+
+/// The communicators split from this one, which hear of the same deaths.
+#[derive(Debug, Default)]
+struct Family {
+    children: Vec<Child>,
+    /// All deaths so far: a child that comes later hears of them.
+    deaths: Vec<(usize, String)>,
+}
+
+#[derive(Debug)]
+struct Child {
+    fault: Weak<Fault>,
+    /// Its ranks, as this communicator numbers them.
+    members: Vec<usize>,
 }
 
 /// What was said and not yet dealt with.
@@ -49,7 +66,25 @@ pub(crate) struct News {
 
 impl Fault {
     pub(crate) fn new(waker: Waker) -> Self {
-        Self { raised: AtomicBool::new(false), news: Mutex::default(), waker }
+        Self { raised: AtomicBool::new(false), news: Mutex::default(), family: Mutex::default(), waker }
+    }
+
+    /// Passes on deaths to `child`, whose ranks are `members` here, from now on and from before.
+    pub(crate) fn adopt(&self, child: &Arc<Fault>, members: Vec<usize>) {
+        let mut family = self.family();
+        let child = Child { fault: Arc::downgrade(child), members };
+        family.deaths.iter().for_each(|(rank, reason)| child.peer_lost(*rank, reason));
+        family.children.retain(|child| child.fault.strong_count() > 0);
+        family.children.push(child);
+    }
+
+    fn peer_lost(&self, rank: usize, reason: &str) {
+        let mut family = self.family();
+        family.deaths.push((rank, reason.to_owned()));
+        // Under the lock, which is taken from the parent down: a child is never adopted in between.
+        family.children.iter().for_each(|child| child.peer_lost(rank, reason));
+        drop(family);
+        self.raise(|news| news.lost.push((rank, reason.to_owned())));
     }
 
     /// Takes the news, if there is any; one load of an atomic if not.
@@ -72,5 +107,59 @@ impl Fault {
 
     fn lock(&self) -> MutexGuard<'_, News> {
         self.news.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn family(&self) -> MutexGuard<'_, Family> {
+        self.family.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Child {
+    fn peer_lost(&self, rank: usize, reason: &str) {
+        if let (Some(fault), Some(rank)) =
+            (self.fault.upgrade(), self.members.iter().position(|&member| member == rank))
+        {
+            fault.peer_lost(rank, reason);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fault() -> Arc<Fault> {
+        Arc::new(Fault::new(Waker::noop().clone()))
+    }
+
+    fn lost(fault: &Fault) -> Vec<usize> {
+        fault.take().map_or(Vec::new(), |news| news.lost.into_iter().map(|(rank, _)| rank).collect())
+    }
+
+    #[test]
+    fn a_death_is_told_to_all_generations_by_their_own_ranks() {
+        let [parent, child, grandchild] = [(); 3].map(|()| fault());
+        parent.adopt(&child, vec![4, 2, 7]);
+        child.adopt(&grandchild, vec![2, 0]);
+        parent.peer_lost(7, "died");
+        assert_eq!([lost(&parent), lost(&child), lost(&grandchild)], [vec![7], vec![2], vec![0]]);
+        parent.peer_lost(2, "died");
+        assert_eq!([lost(&parent), lost(&child), lost(&grandchild)], [vec![2], vec![1], vec![]]);
+        parent.peer_lost(3, "died");
+        assert_eq!([lost(&parent), lost(&child)], [vec![3], vec![]], "no member");
+    }
+
+    #[test]
+    fn a_child_hears_of_earlier_deaths_and_of_no_interruption() {
+        let [parent, child] = [(); 2].map(|()| fault());
+        parent.peer_lost(1, "died");
+        parent.adopt(&child, vec![0, 1]);
+        assert_eq!(lost(&child), [1]);
+        Interrupter { fault: parent.clone() }.interrupt("enough");
+        assert!(child.take().is_none());
+        drop(child);
+        parent.peer_lost(0, "died");
+        parent.adopt(&fault(), vec![]);
+        assert_eq!(parent.family().children.len(), 1, "the one that ended is forgotten");
     }
 }

@@ -59,6 +59,8 @@ pub enum Kind {
         /// A digest of all ranks' counts.
         counts: u32,
     },
+    /// The ranks form groups among themselves.
+    Split,
     /// Nobody leaves before everybody has entered.
     Barrier,
     /// A message from one rank to another.
@@ -127,6 +129,7 @@ impl Operation {
             Kind::ReduceScatterV { op, counts } => (12, op as u8, counts, self.segment_len),
             Kind::AllToAllCounts => (13, 0, 0, self.segment_len),
             Kind::AllToAllV { counts } => (14, 0, counts, self.segment_len),
+            Kind::Split => (15, 0, 0, self.segment_len),
         };
         let mut bytes = [0; PREFIX_BYTES];
         bytes[0..8].copy_from_slice(&self.number.to_le_bytes());
@@ -158,6 +161,7 @@ impl Operation {
             12 => Kind::ReduceScatterV { op: ReduceOp::from_wire(bytes[30])?, counts: a },
             13 => Kind::AllToAllCounts,
             14 => Kind::AllToAllV { counts: a },
+            15 => Kind::Split,
             _ => return None,
         };
         let segment_len = if matches!(kind, Kind::Message { .. }) { 0 } else { b };
@@ -186,6 +190,7 @@ impl Operation {
             Kind::AllGatherV { .. } => "all_gather_v",
             Kind::ReduceScatterV { .. } => "reduce_scatter_v",
             Kind::AllToAllCounts | Kind::AllToAllV { .. } => "all_to_all_v",
+            Kind::Split => "split",
             Kind::Barrier => "barrier",
             Kind::Message { .. } => "send/recv",
         }
@@ -230,7 +235,7 @@ impl fmt::Display for Operation {
                 write!(f, "{name} #{number} ({op} of {count} {dtype}, shared out as {counts:08x})")
             }
             Kind::AllToAllCounts => write!(f, "{name} #{number} (its counts)"),
-            Kind::Barrier => write!(f, "{name} #{number}"),
+            Kind::Barrier | Kind::Split => write!(f, "{name} #{number}"),
             Kind::Message { from, to } => {
                 write!(f, "send/recv before #{number} ({count} {dtype} from rank {from} to rank {to})")
             }
@@ -266,6 +271,7 @@ mod tests {
             Kind::ReduceScatterV { op: ReduceOp::Avg, counts: 8 },
             Kind::AllToAllCounts,
             Kind::AllToAllV { counts: 9 },
+            Kind::Split,
         ];
         let codes = kinds.map(|kind| {
             let operation =
@@ -275,7 +281,7 @@ mod tests {
         });
         assert_eq!(codes[..6], [(1, 1, 0), (2, 4, 0), (3, 0, 0), (4, 0, 3), (5, 0, 0), (6, 0, 1)]);
         assert_eq!(codes[6..10], [(7, 2, 4), (8, 0, 5), (9, 0, 6), (10, 0, 0)]);
-        assert_eq!(codes[10..], [(11, 0, 7), (12, 5, 8), (13, 0, 0), (14, 0, 9)]);
+        assert_eq!(codes[10..], [(11, 0, 7), (12, 5, 8), (13, 0, 0), (14, 0, 9), (15, 0, 0)]);
         for kind in kinds {
             for dtype in DType::ALL {
                 let segment_len = if matches!(kind, Kind::Message { .. }) { 0 } else { 65_536 };

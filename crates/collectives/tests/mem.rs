@@ -73,6 +73,11 @@ on_mem! {
     an_orderly_leave_is_not_a_loss
     what_was_sent_before_leaving_arrives
     a_rank_that_drops_its_communicator_is_lost
+    a_split_makes_groups_ordered_by_key
+    groups_split_again_and_all_work_side_by_side
+    a_split_outlives_its_parent
+    a_group_that_fails_is_alone_with_it
+    a_split_hears_who_is_dead
     an_interrupted_operation_ends_on_every_rank
     a_rank_that_is_said_to_be_dead_is_lost
 }

@@ -35,7 +35,7 @@ pub struct World {
 }
 
 /// What keeps this process in the job: the thread that carries its links, and the connection over which
-/// its launcher says who has died. To be kept as long as the communicator.
+/// its launcher says who has died. To be kept as long as the communicator and all that are split from it.
 #[derive(Debug)]
 pub struct Membership {
     /// Held for its drop; `None` in a world of one without a launcher.

@@ -55,6 +55,11 @@ behaviours! {
     an_orderly_leave_is_not_a_loss: &[2, 4], patient, heavy: false;
     what_was_sent_before_leaving_arrives: &[2, 4], patient, heavy: false;
     a_rank_that_drops_its_communicator_is_lost: &[2, 4], patient, heavy: false;
+    a_split_makes_groups_ordered_by_key: &[1, 2, 4], small_segments, heavy: false;
+    groups_split_again_and_all_work_side_by_side: &[4], small_segments, heavy: false;
+    a_split_outlives_its_parent: &[2, 4], patient, heavy: false;
+    a_group_that_fails_is_alone_with_it: &[4], patient, heavy: false;
+    a_split_hears_who_is_dead: &[4], patient, heavy: false;
     an_interrupted_operation_ends_on_every_rank: &[2, 4], patient, heavy: false;
     a_rank_that_is_said_to_be_dead_is_lost: &[2, 4], patient, heavy: false;
 }
@@ -590,6 +595,149 @@ fn a_rank_that_drops_its_communicator_is_lost(mut communicator: Communicator) {
     assert!(error.to_string().contains("all_reduce #1"), "{error}");
     assert!(elapsed < AT_ONCE, "after {elapsed:?}");
     assert_stays(&mut communicator, &error);
+}
+
+/// Even and odd ranks, the highest first.
+fn by_parity(communicator: &mut Communicator) -> (Communicator, Vec<usize>) {
+    let (rank, world_size) = (communicator.rank(), communicator.world_size());
+    let color = (rank % 2) as u32;
+    let split = communicator.split(Some(color), -(rank as i32)).expect("all ranks call it");
+    let members: Vec<usize> = (0..world_size).rev().filter(|member| member % 2 == rank % 2).collect();
+    (split.expect("it is a member"), members)
+}
+
+/// Sums and a broadcast among `members` of the world, of whom this is one.
+fn check_group(group: &mut Communicator, members: &[usize], own: usize) {
+    assert_eq!(group.world_size(), members.len());
+    assert_eq!(members[group.rank()], own);
+    for len in [1, 100] {
+        let mut sums = vec![own as u64; len];
+        group.all_reduce(&mut sums, ReduceOp::Sum).expect("all members call it");
+        assert_eq!(sums, vec![members.iter().sum::<usize>() as u64; len]);
+        let root = members.len() - 1;
+        let mut buffer = vec![own as u64; len];
+        group.broadcast(&mut buffer, root).expect("all members call it");
+        assert_eq!(buffer, vec![members[root] as u64; len]);
+    }
+}
+
+fn a_split_makes_groups_ordered_by_key(mut communicator: Communicator) {
+    let (rank, world_size) = (communicator.rank(), communicator.world_size());
+    let all: Vec<usize> = (0..world_size).collect();
+    let (mut group, members) = by_parity(&mut communicator);
+    check_group(&mut group, &members, rank);
+    check_group(&mut communicator, &all, rank);
+    group.leave().expect("all members leave");
+    // The last rank is in no group; without it, the others are still in rank order.
+    let color = (rank + 1 < world_size).then_some(7);
+    let split = communicator.split(color, 0).expect("all ranks call it");
+    assert_eq!(split.is_some(), color.is_some());
+    if let Some(mut group) = split {
+        check_group(&mut group, &all[..world_size - 1], rank);
+        group.leave().expect("all members leave");
+    }
+    check_group(&mut communicator, &all, rank);
+    communicator.leave().expect("all ranks leave");
+}
+
+fn groups_split_again_and_all_work_side_by_side(mut communicator: Communicator) {
+    let rank = communicator.rank();
+    let (mut pair, members) = by_parity(&mut communicator);
+    let mut alone = pair.split(Some(pair.rank() as u32), 0).expect("all call it").expect("a member");
+    let mut swapped = pair.split(Some(0), -(pair.rank() as i32)).expect("all call it").expect("a member");
+    let reversed: Vec<usize> = members.iter().rev().copied().collect();
+    for _ in 0..3 {
+        check_group(&mut alone, &[rank], rank);
+        check_group(&mut swapped, &reversed, rank);
+        check_group(&mut pair, &members, rank);
+        check_group(&mut communicator, &[0, 1, 2, 3], rank);
+    }
+    // Operations of several groups at the same time.
+    let mine = vec![rank as u64; 1000];
+    let of_pair = pair.all_reduce_start(mine.clone(), ReduceOp::Sum).expect("the call is right");
+    let of_all = communicator.all_reduce_start(mine, ReduceOp::Sum).expect("the call is right");
+    check_group(&mut swapped, &reversed, rank);
+    let sum = members.iter().sum::<usize>() as u64;
+    assert_eq!(of_pair.wait().expect("all members started it"), vec![sum; 1000]);
+    assert_eq!(of_all.wait().expect("all ranks started it"), vec![6; 1000]);
+    for group in [alone, swapped, pair, communicator] {
+        group.leave().expect("all members leave");
+    }
+}
+
+fn a_split_outlives_its_parent(mut communicator: Communicator) {
+    let rank = communicator.rank();
+    let (mut group, members) = by_parity(&mut communicator);
+    communicator.leave().expect("all ranks leave");
+    check_group(&mut group, &members, rank);
+    group.leave().expect("all members leave");
+}
+
+fn a_group_that_fails_is_alone_with_it(mut communicator: Communicator) {
+    let rank = communicator.rank();
+    let (mut group, members) = by_parity(&mut communicator);
+    match rank {
+        3 => {
+            // Both have their links then; the barrier of rank 1 may be cut short.
+            group.barrier().expect("rank 1 calls it");
+            drop(group);
+        }
+        1 => {
+            let (error, elapsed) = failing(|| {
+                group.barrier()?;
+                group.all_reduce(&mut [1.0f32; 100], ReduceOp::Sum)
+            });
+            assert!(matches!(error, Error::PeerLost { rank: 0, .. }), "{error}");
+            assert!(elapsed < AT_ONCE, "after {elapsed:?}");
+            assert_stays(&mut group, &error);
+        }
+        _ => {
+            check_group(&mut group, &members, rank);
+            // Leaving is in order in a group too.
+            if rank == 2 {
+                group.leave().expect("leaving needs nobody's consent");
+            } else {
+                let (error, _) = failing(|| group.barrier());
+                assert!(matches!(error, Error::PeerLeft { rank: 0, .. }), "{error}");
+            }
+        }
+    }
+    check_group(&mut communicator, &[0, 1, 2, 3], rank);
+    communicator.leave().expect("all ranks leave");
+}
+
+fn a_split_hears_who_is_dead(mut communicator: Communicator) {
+    let rank = communicator.rank();
+    let (mut group, members) = by_parity(&mut communicator);
+    let mut done = [0u8];
+    match rank {
+        3 => {
+            communicator.send(&done, 1).expect("rank 1 receives");
+            // Silent, as a killed process is.
+            std::thread::sleep(AT_ONCE * 2);
+        }
+        1 => {
+            // A failure ends whatever a rank is in: the others must be done with the split.
+            for other in [0, 2, 3] {
+                communicator.recv(&mut done, other).expect("they send");
+            }
+            // Said of the world, where it is rank 3; in the group of the odd ranks it is rank 0.
+            communicator.interrupter().peer_lost(3, "was killed by signal 9 (SIGKILL)");
+            let (error, elapsed) = failing(|| group.all_reduce(&mut [1.0f32; 100], ReduceOp::Sum));
+            assert!(matches!(error, Error::PeerLost { rank: 0, .. }), "{error}");
+            assert!(error.to_string().contains("SIGKILL"), "{error}");
+            assert!(elapsed < AT_ONCE, "after {elapsed:?}");
+        }
+        _ => {
+            check_group(&mut group, &members, rank);
+            communicator.send(&done, 1).expect("rank 1 receives");
+        }
+    }
+    let (error, _) = failing(|| communicator.barrier());
+    match rank {
+        3 => assert!(error.to_string().contains("gave this rank up"), "{error}"),
+        _ => assert!(matches!(error, Error::PeerLost { rank: 3, .. }), "{error}"),
+    }
 }
 
 fn an_interrupted_operation_ends_on_every_rank(mut communicator: Communicator) {
