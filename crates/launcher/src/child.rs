@@ -12,6 +12,7 @@ use std::time::Instant;
 
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, getpid, getppid, kill_process_group, set_parent_process_death_signal};
+use rustix::thread::{CpuSet, sched_setaffinity};
 
 /// A process that has been started.
 #[derive(Debug)]
@@ -54,23 +55,26 @@ impl Drop for ProcessGroup {
     }
 }
 
-/// Starts `command` with no standard input and with pipes for its outputs.
+/// Starts `command` with no standard input and with pipes for its outputs, bound to `processors` if there are any.
 ///
 /// Call it on the main thread: the kernel kills the child when the *thread* that started it ends.
 ///
 /// # Errors
 /// What `fork`, `pipe` or `exec` said.
-pub fn spawn(command: &mut Command) -> io::Result<Spawned> {
+pub fn spawn(command: &mut Command, processors: Option<CpuSet>) -> io::Result<Spawned> {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
     let launcher = getpid();
     let die_with_launcher = move || {
         set_parent_process_death_signal(Some(Signal::KILL))?;
+        if let Some(processors) = &processors {
+            sched_setaffinity(None, processors)?;
+        }
         // The launcher may have died before the line above, and then nothing will kill this process.
         if getppid() == Some(launcher) { Ok(()) } else { Err(Errno::SRCH.into()) }
     };
     // SAFETY: between fork and exec only async-signal-safe calls are allowed, since another thread may have held any
-    // lock at the fork. The closure makes two system calls through rustix, which wraps them without locks or memory
-    // allocation, and `Errno` becomes an `io::Error` without allocating. It captures a number by value.
+    // lock at the fork. The closure makes a few system calls through rustix, which wraps them without locks or memory
+    // allocation, and `Errno` becomes an `io::Error` without allocating. It captures a number and a set of bits by value.
     unsafe { command.pre_exec(die_with_launcher) };
     let started = Instant::now();
     let mut child = command.spawn()?;

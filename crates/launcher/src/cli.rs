@@ -12,6 +12,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, Parser, Subcommand};
 
 use crate::bench::args::{BenchArgs, Flags as BenchFlags};
+use crate::binding::Binding;
 use crate::error::Error;
 
 /// What the command line asks for.
@@ -45,6 +46,8 @@ pub struct RunArgs {
     pub timeout: Option<Duration>,
     /// How long the ranks wait for each other at the start.
     pub rendezvous_timeout: Duration,
+    /// Which processors the ranks run on.
+    pub binding: Binding,
     /// The program as it was written; not empty.
     pub program: OsString,
     /// Its arguments.
@@ -119,6 +122,9 @@ struct RunFlags {
     /// How long the ranks wait for each other at the start
     #[arg(long, alias = "rdzv_timeout", value_name = "SECONDS", default_value = "600", value_parser = seconds)]
     rdzv_timeout: Duration,
+    /// Which processors the ranks run on: an equal share each if there are enough, or all
+    #[arg(long, value_name = "auto|none", default_value = "auto", hide_possible_values = true)]
+    bind: Binding,
     /// The program and its arguments
     #[arg(required = true, trailing_var_arg = true, value_name = "PROGRAM")]
     program: Vec<OsString>,
@@ -155,6 +161,7 @@ fn run_args(flags: RunFlags, port: Option<OsString>) -> Result<RunArgs, Error> {
         grace: flags.grace,
         timeout: flags.timeout,
         rendezvous_timeout: flags.rdzv_timeout,
+        binding: flags.bind,
         program: program.next().filter(|name| !name.is_empty()).ok_or_else(no_program)?,
         program_args: program.collect(),
     })
@@ -280,6 +287,7 @@ mod tests {
             grace: Duration::from_secs(20),
             timeout: None,
             rendezvous_timeout: Duration::from_secs(600),
+            binding: Binding::Auto,
             program: "train".into(),
             program_args: Vec::new(),
         };

@@ -21,6 +21,7 @@
 //! cleanly on SIGTERM has not finished its training, and a controller that reads 0 would never start it again.
 
 mod bench;
+mod binding;
 mod child;
 mod cli;
 mod console;

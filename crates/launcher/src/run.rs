@@ -8,7 +8,9 @@ use std::process::Command;
 use std::time::Instant;
 
 use rustix::process::{Resource, getrlimit};
+use rustix::thread::CpuSet;
 
+use crate::binding;
 use crate::child::{self, Spawned};
 use crate::cli::RunArgs;
 use crate::console::{Console, Stream};
@@ -36,8 +38,14 @@ pub fn run(args: &RunArgs, console: &Console) -> Result<(u8, String), Error> {
 
     let start = Instant::now();
     tracing::info!(ranks = args.ranks, program = %program.display(), "starting");
+    let processors =
+        binding::processors(args.binding, args.ranks, std::env::var_os("OMP_NUM_THREADS").as_deref());
     let mut workers = (0..args.ranks)
-        .map(|rank| Ok(Worker::new(rank, start_rank(rank, args, &program, &*rendezvous, console)?, console)))
+        .map(|rank| {
+            let processors = processors.as_ref().map(|of_ranks| of_ranks[rank as usize]);
+            let spawned = start_rank(rank, args, (&program, processors), &*rendezvous, console)?;
+            Ok(Worker::new(rank, spawned, console))
+        })
         .collect::<Result<Vec<_>, Error>>()?;
     tracing::info!(elapsed_us = start.elapsed().as_micros() as u64, "all ranks started");
 
@@ -52,7 +60,7 @@ pub fn run(args: &RunArgs, console: &Console) -> Result<(u8, String), Error> {
 fn start_rank(
     rank: u32,
     args: &RunArgs,
-    program: &Path,
+    (program, processors): (&Path, Option<CpuSet>),
     rendezvous: &dyn Rendezvous,
     console: &Console,
 ) -> Result<Spawned, Error> {
@@ -65,7 +73,7 @@ fn start_rank(
         true => command.env("PACELINE_CONSOLE", "terminal"),
         false => command.env_remove("PACELINE_CONSOLE"),
     };
-    child::spawn(&mut command).map_err(|e| not_started(rank, args, &e))
+    child::spawn(&mut command, processors).map_err(|e| not_started(rank, args, &e))
 }
 
 /// One OpenMP thread per rank unless the user has chosen: by default each rank would take all CPUs. torchrun does the

@@ -38,6 +38,7 @@ use self::inbox::{Inbox, News};
 use self::machine::Machine;
 use self::rank::Message;
 use self::report::{Collector, Row, Run};
+use crate::binding::Binding;
 use crate::cli::{Endpoint, RunArgs};
 use crate::console::{Console, Stream};
 use crate::error::Error;
@@ -142,6 +143,7 @@ fn job(args: &BenchArgs, ranks: u32, inbox: &Inbox) -> Result<RunArgs, Error> {
         grace: GRACE,
         timeout: None,
         rendezvous_timeout: RENDEZVOUS_TIMEOUT,
+        binding: Binding::Auto,
         program: program.into(),
         program_args: own.into_iter().chain(args.words.iter().cloned()).collect(),
     })
