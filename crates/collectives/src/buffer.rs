@@ -1,7 +1,9 @@
 //! The caller's buffers during one operation, as bytes.
 //!
-//! Elements and bytes are converted by bytemuck, so nothing here is unsafe. Memory that comes as a raw
-//! pointer (a tensor's, a shared segment's) becomes a slice in this file too, once a back end needs it.
+//! Elements and bytes are converted by bytemuck, so nothing here is unsafe. Back ends that work with
+//! addresses get them from [`RawBuffers`], which checks every range.
+
+use std::marker::PhantomData;
 
 use crate::dtype::Element;
 use crate::plan::Span;
@@ -46,6 +48,24 @@ impl<'a> Buffers<'a> {
     /// An operation that reads one buffer and writes another; either may be empty.
     pub(crate) fn separate<T: Element>(input: &'a [T], output: &'a mut [T]) -> Self {
         Self::Separate { input: bytemuck::cast_slice(input), output: bytemuck::cast_slice_mut(output) }
+    }
+
+    /// The same memory as addresses, for elements of `size` bytes.
+    pub(crate) fn raw(&mut self, size: usize) -> RawBuffers<'_> {
+        let (input, output) = match self {
+            Self::Separate { input, output } => {
+                ((input.as_ptr(), input.len()), (output.as_mut_ptr(), output.len()))
+            }
+            // Both from one borrow, so that the one stays valid when the other is used.
+            Self::InPlace { buffer, starts } => {
+                let (start, len) = (buffer.as_mut_ptr(), buffer.len());
+                let (input, output) = (starts.input * size, starts.output * size);
+                check(input.max(output), 0, len);
+                let input_start = start.wrapping_add(input).cast_const();
+                ((input_start, len - input), (start.wrapping_add(output), len - output))
+            }
+        };
+        RawBuffers { input, output, borrow: PhantomData }
     }
 
     /// Elements of the input.
@@ -99,6 +119,52 @@ impl<'a> Buffers<'a> {
 
 fn after(start: usize, span: Span) -> Span {
     Span { start: start + span.start, len: span.len }
+}
+
+/// The caller's buffers as addresses, while they are borrowed. In place, both are the same.
+#[derive(Debug)]
+pub(crate) struct RawBuffers<'a> {
+    input: (*const u8, usize),
+    output: (*mut u8, usize),
+    borrow: PhantomData<&'a mut [u8]>,
+}
+
+impl RawBuffers<'_> {
+    /// The address of `len` bytes of the input at `offset`.
+    ///
+    /// # Panics
+    /// If they are not within it.
+    #[inline]
+    pub(crate) fn input(&self, offset: usize, len: usize) -> *const u8 {
+        check(offset, len, self.input.1);
+        self.input.0.wrapping_add(offset)
+    }
+
+    /// The address of `len` bytes of the output at `offset`.
+    ///
+    /// # Panics
+    /// If they are not within it.
+    #[inline]
+    pub(crate) fn output(&self, offset: usize, len: usize) -> *mut u8 {
+        check(offset, len, self.output.1);
+        self.output.0.wrapping_add(offset)
+    }
+
+    /// Whether input and output begin at the same address.
+    pub(crate) fn are_one(&self) -> bool {
+        self.input.0 == self.output.0.cast_const()
+    }
+
+    /// Address and length in bytes of the input, and of the output.
+    pub(crate) fn places(&self) -> ((usize, usize), (usize, usize)) {
+        ((self.input.0.addr(), self.input.1), (self.output.0.addr(), self.output.1))
+    }
+}
+
+#[inline]
+fn check(offset: usize, len: usize, available: usize) {
+    let end = offset.checked_add(len);
+    assert!(end.is_some_and(|end| end <= available), "plans stay within the buffers they were made for");
 }
 
 fn bytes(span: Span, size: usize) -> std::ops::Range<usize> {

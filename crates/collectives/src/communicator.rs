@@ -7,17 +7,25 @@ use std::time::{Duration, Instant};
 
 use paceline_transport::Transport;
 use paceline_transport::frame::PAYLOAD_LIMIT;
+use paceline_transport::shm::SharedMemory;
 
 use crate::buffer::{Buffers, Starts};
 use crate::dtype::{DType, Element, ReduceOp};
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::fault::{Fault, Interrupter};
-use crate::kernels::Reducer;
+use crate::kernels::{self, Reducer};
 use crate::operation::{self, Kind, Operation};
 use crate::plan::{Plan, Schedule, Shares};
 use crate::progress::Progress;
+use crate::shared::registered::SharedBuffer;
+use crate::shared::{Costs, PROBES, Tuning};
 use crate::work::Work;
+
+/// How often the probe of [`Communicator::tune`] measures each point, and how many calls it takes each time: 4 ms in
+/// all with 2 ranks.
+const PROBE_ROUNDS: u32 = 6;
+const PROBE_CALLS: u32 = 4;
 
 /// How a communicator works. Equal on all ranks, or the first operation is a mismatch.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -141,7 +149,8 @@ impl Communicator {
         }
         let fault = Arc::new(Fault::new(transport.waker()));
         let (rank, world_size) = (transport.rank(), transport.world_size());
-        let progress = Progress::new(Engine::new(transport, fault.clone(), config.timeout));
+        let forced = config.algorithm != Algorithm::Auto;
+        let progress = Progress::new(Engine::new(transport, fault.clone(), config.timeout, forced));
         Ok(Self { rank, world_size, config, progress, fault, counters: Arc::default(), issued: 0, group: 0 })
     }
 
@@ -176,7 +185,11 @@ impl Communicator {
     ///
     /// # Errors
     /// [`Error::Usage`] when the configured algorithm cannot keep the order.
-    pub fn explain(&self, kind: Kind, dtype: DType, count: usize) -> Result<(String, String), Error> {
+    pub fn explain(&mut self, kind: Kind, dtype: DType, count: usize) -> Result<(String, String), Error> {
+        let bytes = count.saturating_mul(dtype.size());
+        if let Some((name, why)) = self.progress.run(|engine| engine.explain_on_host(kind, bytes)) {
+            return Ok((name.to_owned(), why));
+        }
         let ring = self.prefers_ring(kind, count.saturating_mul(dtype.size()))?;
         let (name, why) = match (kind, ring) {
             _ if self.world_size == 1 => ("local", "there is no other rank"),
@@ -194,6 +207,51 @@ impl Communicator {
             (_, false) => ("direct", "a ring's bytes in fewer latencies, and the fixed order"),
         };
         Ok((name.to_owned(), why.to_owned()))
+    }
+
+    /// Measures, for a few milliseconds, which way is the fastest for which size on this host, and goes that
+    /// way from now on. Every rank calls it before any collective; rank 0 decides for all. Does nothing where
+    /// ranks do not share memory or have to share processors. Numbers and [`statistics`](Self::statistics)
+    /// begin anew. Blocks.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] after the first collective; otherwise fatal ones.
+    pub fn tune(&mut self) -> Result<(), Error> {
+        if self.issued > 0 {
+            let reason = "collectives have been called already; tune before the first".to_owned();
+            return Err(Error::Usage { operation: "tune", reason });
+        }
+        let Some(untuned) =
+            self.progress.run(|engine| engine.host().filter(|host| host.can_probe).map(|host| host.tuning))
+        else {
+            return Ok(());
+        };
+        let mut times = [Duration::MAX; PROBES.len()];
+        let longest = PROBES.iter().map(|&(_, bytes)| bytes).max().unwrap_or(0) / size_of::<f32>();
+        let (input, mut output) = (vec![1.0f32; longest], vec![0.0f32; longest]);
+        for ((way, bytes), time) in PROBES.into_iter().zip(&mut times) {
+            self.set_tuning(untuned.forced(way));
+            let count = bytes / size_of::<f32>();
+            for _ in 0..PROBE_ROUNDS {
+                let start = Instant::now();
+                for _ in 0..PROBE_CALLS {
+                    self.all_reduce_into(&input[..count], &mut output[..count], ReduceOp::Sum)?;
+                }
+                // The shortest: whatever else ran on the machine only made the others longer.
+                *time = (*time).min(start.elapsed() / PROBE_CALLS);
+            }
+        }
+        let mut costs = Costs::fit(times).to_words();
+        self.broadcast(&mut costs, 0)?;
+        self.set_tuning(untuned.fitted(Costs::from_words(costs)));
+        self.issued = 0;
+        self.counters = Arc::default();
+        self.progress.run(Engine::forget);
+        Ok(())
+    }
+
+    fn set_tuning(&mut self, tuning: Tuning) {
+        self.progress.run(|engine| engine.host().map(|host| host.tuning = tuning));
     }
 
     /// A handle with which another thread ends this communicator's operations.
@@ -233,6 +291,38 @@ impl Communicator {
         check_len("all_reduce", "output", output.len(), input.len(), "as long as the input")?;
         let call = self.call::<T>(Kind::AllReduce(op), input.len())?;
         self.run(call, Buffers::separate(input, output))
+    }
+
+    /// Replaces `buffer` on every rank by the sum of all ranks' buffers, each multiplied by that rank's
+    /// `factor` first (NCCL: `ncclAllReduce` with an operator of `ncclRedOpCreatePreMulSum`).
+    ///
+    /// Factors may differ. The product is taken in the type in which sums are accumulated (f32 for the
+    /// 16-bit floats) and rounded to the element type, then the elements are summed as by
+    /// [`all_reduce`](Self::all_reduce). For integers the factor is converted to their type, towards zero,
+    /// and products wrap. Blocks.
+    ///
+    /// # Errors
+    /// As [`all_reduce`](Self::all_reduce).
+    pub fn all_reduce_pre_mul_sum<T: Element>(&mut self, buffer: &mut [T], factor: f64) -> Result<(), Error> {
+        let call = self.call::<T>(Kind::AllReduce(ReduceOp::Sum), buffer.len())?;
+        kernels::scale_in_place(T::DTYPE, factor, bytemuck::cast_slice_mut(buffer));
+        self.run(call, Buffers::in_place(buffer))
+    }
+
+    /// [`all_reduce_pre_mul_sum`](Self::all_reduce_pre_mul_sum) from one buffer into another of the same length.
+    ///
+    /// # Errors
+    /// As [`all_reduce_into`](Self::all_reduce_into).
+    pub fn all_reduce_pre_mul_sum_into<T: Element>(
+        &mut self,
+        input: &[T],
+        output: &mut [T],
+        factor: f64,
+    ) -> Result<(), Error> {
+        check_len("all_reduce", "output", output.len(), input.len(), "as long as the input")?;
+        let call = self.call::<T>(Kind::AllReduce(ReduceOp::Sum), input.len())?;
+        kernels::scale(T::DTYPE, factor, bytemuck::cast_slice(input), bytemuck::cast_slice_mut(output));
+        self.run(call, Buffers::in_place(output))
     }
 
     /// Starts an [`all_reduce`](Self::all_reduce) that owns its buffer meanwhile, and returns at once.
@@ -567,6 +657,54 @@ impl Communicator {
         self.run(call, Buffers::separate(&[], buffer))
     }
 
+    /// Allocates `len` elements, all zero, in memory that every rank of this host has mapped (NCCL:
+    /// `ncclMemAlloc` and `ncclCommRegister`).
+    ///
+    /// Every rank calls it with the same `len` and element type. Collectives whose buffers lie in such
+    /// memory on all ranks read and write them where they are; all others work on it as on any. Where
+    /// ranks do not share memory it is ordinary memory. Memory that all ranks have dropped is given back
+    /// at the next call. Blocks.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] on every rank when lengths differ or a rank has no memory left; otherwise fatal ones.
+    pub fn alloc<T: Element>(&mut self, len: usize) -> Result<SharedBuffer<T>, Error> {
+        let usage = |reason: String| Error::Usage { operation: "alloc", reason };
+        let bytes = len.checked_mul(T::DTYPE.size());
+        let memory = bytes.and_then(|bytes| SharedMemory::create(bytes.max(1)).ok());
+        // A rank without memory says so, or the others would wait for it.
+        let own = memory.as_ref().map_or(u64::MAX, |_| len as u64);
+        let mut lens = vec![[0u64; 2]; self.world_size];
+        self.all_gather(&[own, T::DTYPE as u64], bytemuck::cast_slice_mut::<[u64; 2], u64>(&mut lens))?;
+        let without = lens.iter().position(|&[len, _]| len == u64::MAX);
+        let (Some(memory), None) = (memory, without) else {
+            let rank = without.unwrap_or(self.rank);
+            return Err(usage(format!("rank {rank} has no memory for {len} elements of {}", T::DTYPE)));
+        };
+        if let Some(rank) = lens.iter().position(|&theirs| theirs != [own, T::DTYPE as u64]) {
+            let [theirs, dtype] = lens[rank];
+            let dtype = DType::from_wire(dtype as u8).map_or("?", DType::name);
+            return Err(usage(format!(
+                "rank {rank} allocates {theirs} elements of {dtype} and this rank {len} of {}; all ranks allocate alike",
+                T::DTYPE
+            )));
+        }
+        let mut dropped = self.progress.run(|engine| engine.host().map(|host| host.table.dropped()));
+        if let Some(dropped) = dropped.as_mut().filter(|dropped| !dropped.is_empty()) {
+            self.all_reduce(dropped, ReduceOp::Min)?;
+            self.progress.run(|engine| engine.host().map(|host| host.table.forget(dropped)));
+        }
+        let operation = Operation {
+            number: self.issued,
+            kind: Kind::AllGather,
+            dtype: T::DTYPE,
+            count: len,
+            segment_len: 0,
+            schedule: 0,
+        };
+        let memory = self.progress.run(|engine| engine.register(operation, memory))?;
+        Ok(SharedBuffer::new(memory, len))
+    }
+
     /// Forms a new communicator of the ranks that pass the same `color`, ordered by `key` and then by rank here
     /// (NCCL: `ncclCommSplit`, MPI: `MPI_Comm_split`). `None` joins no new group, and gets none.
     ///
@@ -676,9 +814,8 @@ impl Communicator {
     }
 
     fn run(&mut self, call: Call, buffers: Buffers<'_>) -> Result<(), Error> {
-        let counters = self.counters.clone();
-        let world_size = self.world_size;
-        self.progress.run(|engine| call.run(engine, buffers, world_size, &counters))
+        let Self { progress, counters, world_size, .. } = self;
+        progress.run(|engine| call.run(engine, buffers, *world_size, counters))
     }
 
     fn start<T: Element>(
@@ -817,12 +954,16 @@ impl Call {
         }
         let reducer = self.operation.kind.op().map(|op| Reducer::new(self.operation.dtype, op, world_size));
         engine.run(self.operation, &self.plan, reducer, buffers)?;
+        // Not fetch_add: whoever holds the engine is the only one to count, and a locked instruction takes
+        // as long as a small collective's other bookkeeping.
+        let add = |counter: &AtomicU64, more: u64| {
+            counter.store(counter.load(Ordering::Relaxed) + more, Ordering::Relaxed);
+        };
         // The first half of an all_to_all_v is none by itself.
-        let counted = u64::from(self.operation.kind != Kind::AllToAllCounts);
-        counters.operations.fetch_add(counted, Ordering::Relaxed);
+        add(&counters.operations, u64::from(self.operation.kind != Kind::AllToAllCounts));
         if let Kind::AllReduce(_) = self.operation.kind {
             let bytes = self.operation.count * self.operation.dtype.size();
-            counters.all_reduced_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+            add(&counters.all_reduced_bytes, bytes as u64);
         }
         counters.sent_bytes.store(engine.sent_bytes, Ordering::Relaxed);
         counters.received_bytes.store(engine.received_bytes, Ordering::Relaxed);

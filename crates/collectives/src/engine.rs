@@ -8,7 +8,8 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use paceline_transport::frame::{InFrame, OutFrame};
+use paceline_transport::frame::{InFrame, OutFrame, Prefix};
+use paceline_transport::shm::{self, SharedMemory, Sharing};
 use paceline_transport::{self as transport, Transport};
 
 use crate::buffer::Buffers;
@@ -16,8 +17,9 @@ use crate::control::{Cause, Control};
 use crate::error::{Call, Error};
 use crate::fault::Fault;
 use crate::kernels::{Own, Reducer};
-use crate::operation::Operation;
+use crate::operation::{Kind, Operation};
 use crate::plan::{Local, Place, Plan, Round, Transfer};
+use crate::shared::{Host, Waiter};
 
 /// How long a rank whose deadline has passed waits to hear who else is waiting, so that the rank
 /// everybody waits for is named and not a rank that waits itself. A live peer answers within its
@@ -40,6 +42,8 @@ pub(crate) struct Engine {
     /// The head of each peer's next frame, as far as it has come; kept between operations.
     heads: Vec<InFrame>,
     fault: Arc<Fault>,
+    /// What runs collectives when all ranks share memory.
+    host: Option<Box<Host>>,
     timeout: Duration,
     history: VecDeque<Operation>,
     /// The fatal error, once there is one.
@@ -72,15 +76,29 @@ struct Scratch {
 
 /// One operation on its way through the engine.
 struct Running<'a> {
+    watch: Watch,
     operation: Operation,
     buffers: Buffers<'a>,
     reducer: Option<Reducer>,
-    started: Instant,
-    deadline: Instant,
     /// Frames exchanged with each peer so far in this operation.
     frames_sent: Vec<u32>,
     frames_received: Vec<u32>,
+}
+
+/// An operation as those see it who wait for its end.
+struct Watch {
+    operation: Operation,
+    started: Instant,
+    deadline: Instant,
     late: Late,
+}
+
+/// The engine, while a collective of ranks that share memory asks it what to do.
+struct HostWaiter<'a> {
+    engine: &'a mut Engine,
+    operation: Operation,
+    /// Made at the first idle moment: reading a clock takes longer than a small collective can afford.
+    watch: Option<Watch>,
 }
 
 /// What is known about who waits for whom, once a deadline has passed.
@@ -103,12 +121,21 @@ struct Incoming {
 }
 
 impl Engine {
-    pub(crate) fn new(transport: Box<dyn Transport>, fault: Arc<Fault>, timeout: Duration) -> Self {
+    /// Collectives run through shared memory when there is some and nothing else is `forced`.
+    pub(crate) fn new(
+        transport: Box<dyn Transport>,
+        fault: Arc<Fault>,
+        timeout: Duration,
+        forced: bool,
+    ) -> Self {
         let heads = (0..transport.world_size()).map(|_| InFrame::default()).collect();
+        let segments = transport.segments().filter(|_| !forced);
+        let host = segments.map(|segments| Box::new(Host::new(segments)));
         Self {
             transport,
             heads,
             fault,
+            host,
             timeout,
             history: VecDeque::with_capacity(HISTORY_LEN),
             failed: None,
@@ -132,12 +159,88 @@ impl Engine {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
-        let mut running = self.begin(operation, reducer, buffers);
         if self.history.len() == HISTORY_LEN {
             self.history.pop_front();
         }
         self.history.push_back(operation);
-        self.run_rounds(plan, &mut running).map_err(|error| self.fail(error))
+        match self.host.take() {
+            Some(mut host) if operation.is_collective() => {
+                let outcome = self.run_on_host(&mut host, operation, plan, reducer, buffers);
+                self.host = Some(host);
+                outcome
+            }
+            host => {
+                self.host = host;
+                self.run_over_links(operation, plan, reducer, buffers)
+            }
+        }
+        .map_err(|error| self.fail(error))
+    }
+
+    /// Runs a collective through shared memory.
+    fn run_on_host(
+        &mut self,
+        host: &mut Host,
+        operation: Operation,
+        plan: &Plan,
+        mut reducer: Option<Reducer>,
+        mut buffers: Buffers<'_>,
+    ) -> Result<(), Error> {
+        let mut waiter = HostWaiter { engine: self, operation, watch: None };
+        if waiter.engine.fault.is_raised() {
+            waiter.hear_bad_news()?;
+        }
+        host.run(&operation, plan, reducer.as_mut(), &mut buffers, &mut waiter)?;
+        self.sent_bytes += std::mem::take(&mut host.staged_bytes);
+        self.received_bytes += std::mem::take(&mut host.taken_bytes);
+        Ok(())
+    }
+
+    /// Runs an operation as its plan says, message by message.
+    fn run_over_links(
+        &mut self,
+        operation: Operation,
+        plan: &Plan,
+        reducer: Option<Reducer>,
+        buffers: Buffers<'_>,
+    ) -> Result<(), Error> {
+        let world_size = self.transport.world_size();
+        let watch = Watch::new(operation, self.timeout);
+        let (frames_sent, frames_received) = (vec![0; world_size], vec![0; world_size]);
+        let mut running = Running { watch, operation, buffers, reducer, frames_sent, frames_received };
+        self.run_rounds(plan, &mut running)
+    }
+
+    /// Which way a collective with `bytes` bytes goes when all ranks share memory, and why; `None` when they
+    /// do not, and for messages.
+    pub(crate) fn explain_on_host(&self, kind: Kind, bytes: usize) -> Option<(&'static str, String)> {
+        self.host.as_ref()?.explain(kind, bytes)
+    }
+
+    /// The shared memory's collectives, when all ranks share memory.
+    pub(crate) fn host(&mut self) -> Option<&mut Host> {
+        self.host.as_deref_mut()
+    }
+
+    /// Registers memory of `bytes` bytes on every rank; returns this rank's. Every rank calls it.
+    ///
+    /// # Errors
+    /// Fatal: the others may have the memory.
+    pub(crate) fn register(
+        &mut self,
+        operation: Operation,
+        memory: SharedMemory,
+    ) -> Result<Arc<SharedMemory>, Error> {
+        let deadline = Instant::now() + self.timeout;
+        let rank = self.transport.rank();
+        let shared = match &mut self.host {
+            None => return Ok(Arc::new(memory)),
+            Some(host) => self.transport.share(memory, deadline).map(|all| host.table.add(rank, all)),
+        };
+        shared.map_err(|error| {
+            let error = self.link_error(error, &mut Watch::new(operation, self.timeout));
+            self.fail(error)
+        })
     }
 
     /// Forms the links of a new group of `members` for an operation whose exchange has run. Blocks like
@@ -151,28 +254,44 @@ impl Engine {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
-        let mut running = self.begin(operation, None, Buffers::in_place::<u8>(&mut []));
-        self.form(members, id, &mut running).map_err(|error| self.fail(error))
+        let mut watch = Watch::new(operation, self.timeout);
+        self.form(members, id, &mut watch).map_err(|error| self.fail(error))
     }
 
-    fn form(
-        &mut self,
-        members: &[usize],
-        id: u64,
-        running: &mut Running<'_>,
-    ) -> Result<Box<dyn Transport>, Error> {
+    fn form(&mut self, members: &[usize], id: u64, watch: &mut Watch) -> Result<Box<dyn Transport>, Error> {
         // The engine's own deadline comes first: it finds out who is late.
-        let deadline = running.deadline + 2 * LATE_GRACE;
+        let deadline = watch.deadline + 2 * LATE_GRACE;
         let others: Vec<usize> =
             members.iter().copied().filter(|&member| member != self.transport.rank()).collect();
         let forming = self.transport.split(members, id, deadline);
-        let mut forming = forming.map_err(|error| self.link_error(error, running))?;
-        loop {
+        let mut forming = forming.map_err(|error| self.link_error(error, watch))?;
+        let formed = loop {
             match forming.take() {
-                Some(formed) => return formed.map_err(|error| self.link_error(error, running)),
-                None => self.look_and_park(&others, &[], running)?,
+                Some(formed) => break formed.map_err(|error| self.link_error(error, watch))?,
+                None => self.idle(&others, |_| false, watch)?,
             }
+        };
+        if self.transport.segments().is_none() {
+            return Ok(formed);
         }
+        // Whatever the news is about, it is heard below.
+        let news = || self.fault.is_raised().then(|| "a rank was lost".to_owned());
+        shm::upgrade(formed, Sharing::Auto, deadline, &news).map_err(|error| {
+            let of_this_group = match error {
+                transport::Error::Lost { peer, reason } => {
+                    transport::Error::Lost { peer: members[peer], reason }
+                }
+                transport::Error::Left { peer } => transport::Error::Left { peer: members[peer] },
+                other => other,
+            };
+            self.link_error(of_this_group, watch)
+        })
+    }
+
+    /// Forgets what has been called and moved so far.
+    pub(crate) fn forget(&mut self) {
+        self.history.clear();
+        (self.sent_bytes, self.received_bytes) = (0, 0);
     }
 
     /// Leaves in order; the engine is of no use afterwards.
@@ -180,23 +299,8 @@ impl Engine {
         self.transport.leave(deadline).map_err(|error| Error::Leave { reason: error.to_string() })
     }
 
-    fn begin<'a>(&self, operation: Operation, reducer: Option<Reducer>, buffers: Buffers<'a>) -> Running<'a> {
-        let started = Instant::now();
-        let world_size = self.transport.world_size();
-        Running {
-            operation,
-            buffers,
-            reducer,
-            started,
-            deadline: started + self.timeout,
-            frames_sent: vec![0; world_size],
-            frames_received: vec![0; world_size],
-            late: Late::default(),
-        }
-    }
-
     fn run_rounds(&mut self, plan: &Plan, running: &mut Running<'_>) -> Result<(), Error> {
-        self.hear_bad_news(running, &[])?;
+        self.hear_bad_news(&mut running.watch, &[])?;
         let mut round = std::mem::take(&mut self.round);
         for index in 0..plan.rounds() {
             plan.round(index, &mut round);
@@ -220,16 +324,17 @@ impl Engine {
             .map(|&transfer| Incoming { transfer, received: None, done: false })
             .collect();
         loop {
-            let moved =
-                self.send_some(&mut sends, running).map_err(|error| self.link_error(error, running))?
-                    | self.receive_some(&mut receives, running)?;
+            let moved = self
+                .send_some(&mut sends, running)
+                .map_err(|error| self.link_error(error, &mut running.watch))?
+                | self.receive_some(&mut receives, running)?;
             sends.retain(|send| !send.frame.is_done());
             receives.retain(|receive| !receive.done);
             if sends.is_empty() && receives.is_empty() {
                 return Ok(());
             }
-            if !moved {
-                self.idle(&sends, &receives, running)?;
+            if !moved && !self.transport.spin() {
+                self.idle_between(&sends, &receives, &mut running.watch)?;
             }
         }
     }
@@ -326,7 +431,7 @@ impl Engine {
         };
         receive.received = Some(received);
         receive.done = received == into.len();
-        result.map_err(|error| self.link_error(error, running))?;
+        result.map_err(|error| self.link_error(error, &mut running.watch))?;
         Ok(moved)
     }
 
@@ -336,14 +441,14 @@ impl Engine {
         let (header, prefix) = match self.heads[peer].peek(&mut *self.transport, peer) {
             Ok(Some(head)) => head,
             Ok(None) => return Ok(false),
-            Err(error) => return Err(self.link_error(error, running)),
+            Err(error) => return Err(self.link_error(error, &mut running.watch)),
         };
         let lost = |reason: String| Error::PeerLost { operation: running.operation, rank: peer, reason };
         let Some((theirs, index)) = Operation::from_prefix(prefix) else {
             return Err(lost("it sent a frame of an unknown operation".to_owned()));
         };
         if theirs != running.operation {
-            return Err(self.mismatch(peer, theirs, running));
+            return Err(self.mismatch(peer, theirs, running.operation));
         }
         if index != running.frames_received[peer] || header.len as usize != expected {
             let frames = running.frames_received[peer];
@@ -358,42 +463,45 @@ impl Engine {
     }
 
     /// Nothing moved: looks for bad news and for calls that disagree, then parks.
-    fn idle(
+    fn idle_between(
         &mut self,
         sends: &[Outgoing],
         receives: &[Incoming],
-        running: &mut Running<'_>,
+        watch: &mut Watch,
     ) -> Result<(), Error> {
         let mut waiting_for: Vec<usize> = receives.iter().map(|receive| receive.transfer.peer).collect();
         waiting_for.extend(sends.iter().map(|send| send.transfer.peer));
         waiting_for.sort_unstable();
         waiting_for.dedup();
-        self.look_and_park(&waiting_for, receives, running)
+        let due = |peer| receives.iter().any(|receive| receive.transfer.peer == peer);
+        self.look_for_missed_message(&between_frames(&waiting_for, receives), watch)?;
+        self.idle(&waiting_for, due, watch)
     }
 
-    fn look_and_park(
+    /// Looks for bad news and for calls that disagree, then parks. A frame is `due` from some ranks.
+    fn idle(
         &mut self,
         waiting_for: &[usize],
-        receives: &[Incoming],
-        running: &mut Running<'_>,
+        due: impl Fn(usize) -> bool,
+        watch: &mut Watch,
     ) -> Result<(), Error> {
-        self.hear_bad_news(running, waiting_for)?;
-        self.look_for_mismatch(receives, running)?;
+        self.hear_bad_news(watch, waiting_for)?;
+        self.look_for_mismatch(due, watch)?;
         let now = Instant::now();
-        let until = match running.late.asked_at {
-            None if now < running.deadline => running.deadline,
+        let until = match watch.late.asked_at {
+            None if now < watch.deadline => watch.deadline,
             None => {
-                running.late.asked_at = Some(now);
+                watch.late.asked_at = Some(now);
                 self.tell_all(&Control::WhoIsLate);
                 now + LATE_GRACE
             }
             Some(asked_at) if now < asked_at + LATE_GRACE => asked_at + LATE_GRACE,
             Some(_) => {
-                let culprits = running.late.culprits(self.transport.rank(), waiting_for);
+                let culprits = watch.late.culprits(self.transport.rank(), waiting_for);
                 return Err(Error::TimedOut {
-                    operation: running.operation,
+                    operation: watch.operation,
                     waiting_for: culprits,
-                    elapsed: running.started.elapsed(),
+                    elapsed: watch.started.elapsed(),
                 });
             }
         };
@@ -401,16 +509,33 @@ impl Engine {
         Ok(())
     }
 
+    /// Looks whether a rank of this host has gone on to a collective instead of taking its part in the
+    /// message that is waited for. Over links its next frame says so; here there is no frame.
+    fn look_for_missed_message(&mut self, waiting_for: &[usize], watch: &mut Watch) -> Result<(), Error> {
+        for &peer in waiting_for {
+            let ahead = self.host.as_ref().and_then(|host| host.ahead(peer));
+            let Some((theirs, _)) = ahead.and_then(|prefix| Operation::from_prefix(&prefix)) else {
+                continue;
+            };
+            // What it sent before is in the ring: it may have come between the last look and that flag.
+            let pending = self.heads[peer].peek(&mut *self.transport, peer).is_ok_and(|head| head.is_some());
+            if !pending && theirs.number >= watch.operation.number {
+                return Err(self.mismatch(peer, theirs, watch.operation));
+            }
+        }
+        Ok(())
+    }
+
     /// Reads what peers and the owner of the communicator have to say.
-    fn hear_bad_news(&mut self, running: &mut Running<'_>, waiting_for: &[usize]) -> Result<(), Error> {
+    fn hear_bad_news(&mut self, watch: &mut Watch, waiting_for: &[usize]) -> Result<(), Error> {
         for peer in self.peers() {
             // The end of the lane is no news in itself: the data lane knows whether the peer is needed.
             while let Ok(Some(message)) = self.transport.try_recv_control(peer) {
-                self.hear(peer, &message, running, waiting_for)?;
+                self.hear(peer, &message, watch, waiting_for)?;
             }
         }
         let Some(news) = self.fault.take() else { return Ok(()) };
-        let operation = running.operation;
+        let operation = watch.operation;
         for (rank, reason) in news.lost {
             let left = rank < self.transport.world_size()
                 && rank != self.transport.rank()
@@ -426,12 +551,12 @@ impl Engine {
         &mut self,
         peer: usize,
         message: &[u8],
-        running: &mut Running<'_>,
+        watch: &mut Watch,
         waiting_for: &[usize],
     ) -> Result<(), Error> {
         match Control::from_bytes(message) {
             Ok(Control::Abort(cause)) => {
-                return Err(cause.into_error(running.operation, self.transport.rank()));
+                return Err(cause.into_error(watch.operation, self.transport.rank()));
             }
             Ok(Control::WhoIsLate) if !waiting_for.is_empty() => {
                 // A peer that cannot be told is lost, which its data lane says better.
@@ -439,10 +564,10 @@ impl Engine {
             }
             Ok(Control::WhoIsLate) => {}
             Ok(Control::WaitingFor(ranks)) => {
-                running.late.answers.push((peer, ranks.into_iter().map(|rank| rank as usize).collect()));
+                watch.late.answers.push((peer, ranks.into_iter().map(|rank| rank as usize).collect()));
             }
             Err(reason) => {
-                return Err(Error::PeerLost { operation: running.operation, rank: peer, reason });
+                return Err(Error::PeerLost { operation: watch.operation, rank: peer, reason });
             }
         }
         Ok(())
@@ -450,40 +575,40 @@ impl Engine {
 
     /// Looks at the next frame of peers from which nothing is due now: a frame that cannot belong to
     /// the future says that the peer called something else.
-    fn look_for_mismatch(&mut self, receives: &[Incoming], running: &mut Running<'_>) -> Result<(), Error> {
+    fn look_for_mismatch(&mut self, due: impl Fn(usize) -> bool, watch: &mut Watch) -> Result<(), Error> {
         for peer in self.peers() {
-            if receives.iter().any(|receive| receive.transfer.peer == peer) {
+            if due(peer) {
                 continue;
             }
             let theirs = match self.heads[peer].peek(&mut *self.transport, peer) {
                 Ok(Some((_, prefix))) => Operation::from_prefix(prefix).map(|(operation, _)| operation),
                 Ok(None) | Err(transport::Error::Left { .. }) => continue,
-                Err(error) => return Err(self.link_error(error, running)),
+                Err(error) => return Err(self.link_error(error, watch)),
             };
             if let Some(theirs) = theirs
-                && running.operation.rules_out(&theirs)
+                && watch.operation.rules_out(&theirs)
             {
-                return Err(self.mismatch(peer, theirs, running));
+                return Err(self.mismatch(peer, theirs, watch.operation));
             }
         }
         Ok(())
     }
 
-    fn mismatch(&self, peer: usize, theirs: Operation, running: &Running<'_>) -> Error {
+    fn mismatch(&self, peer: usize, theirs: Operation, operation: Operation) -> Error {
         let same_number = |ours: &&Operation| ours.number == theirs.number && **ours != theirs;
-        let ours = self.history.iter().rev().find(same_number).copied().unwrap_or(running.operation);
+        let ours = self.history.iter().rev().find(same_number).copied().unwrap_or(operation);
         let calls =
             [Call { rank: self.transport.rank(), operation: ours }, Call { rank: peer, operation: theirs }];
-        Error::Mismatch { operation: running.operation, calls: Box::new(calls) }
+        Error::Mismatch { operation, calls: Box::new(calls) }
     }
 
     /// The error of an operation whose link failed. A peer that gave up says why before its link ends,
     /// and so do others: their reason is better than "connection closed".
-    fn link_error(&mut self, error: transport::Error, running: &mut Running<'_>) -> Error {
-        if let Err(told) = self.hear_bad_news(running, &[]) {
+    fn link_error(&mut self, error: transport::Error, watch: &mut Watch) -> Error {
+        if let Err(told) = self.hear_bad_news(watch, &[]) {
             return told;
         }
-        let operation = running.operation;
+        let operation = watch.operation;
         match error {
             transport::Error::Left { peer } => Error::PeerLeft { operation, rank: peer },
             transport::Error::Lost { peer, reason } => Error::PeerLost { operation, rank: peer, reason },
@@ -493,8 +618,18 @@ impl Engine {
 
     /// Notes a fatal error and tells the others, so that nobody waits for this rank.
     fn fail(&mut self, error: Error) -> Error {
+        if let Some(host) = &self.host {
+            host.retract();
+        }
         if let Some(observer) = self.observer.take() {
             observer(&error);
+        }
+        if let Error::PeerLost { rank, reason, .. } = &error
+            && *rank != self.transport.rank()
+            && *rank < self.transport.world_size()
+        {
+            // It answers no more; the last message must not wait for it.
+            self.transport.give_up(*rank, reason);
         }
         if let Some(cause) = Cause::of(&error, self.transport.rank()) {
             tracing::debug!(rank = self.transport.rank(), %error, "operation failed");
@@ -551,6 +686,63 @@ impl Engine {
             }
             Local::FinishPartial { output } => {
                 kernels(reducer).finish_partial(&scratch.partial, buffers.output_mut(output, size));
+            }
+        }
+    }
+}
+
+/// Those of `waiting_for` whose stream stands at the head of a frame, not within a payload that would be
+/// taken for one. Whoever is within a frame takes part in the message anyhow.
+fn between_frames(waiting_for: &[usize], receives: &[Incoming]) -> Vec<usize> {
+    let within = |peer| receives.iter().any(|it| it.transfer.peer == peer && it.received.is_some());
+    waiting_for.iter().copied().filter(|&peer| !within(peer)).collect()
+}
+
+impl Watch {
+    fn new(operation: Operation, timeout: Duration) -> Self {
+        let started = Instant::now();
+        Self { operation, started, deadline: started + timeout, late: Late::default() }
+    }
+}
+
+impl HostWaiter<'_> {
+    fn watch(&mut self) -> (&mut Engine, &mut Watch) {
+        let timeout = self.engine.timeout;
+        (self.engine, self.watch.get_or_insert_with(|| Watch::new(self.operation, timeout)))
+    }
+
+    fn hear_bad_news(&mut self) -> Result<(), Error> {
+        let (engine, watch) = self.watch();
+        engine.hear_bad_news(watch, &[])
+    }
+}
+
+impl Waiter for HostWaiter<'_> {
+    fn spin(&mut self) -> bool {
+        self.engine.transport.spin()
+    }
+
+    fn idle(&mut self, waiting_for: &[usize]) -> Result<(), Error> {
+        let (engine, watch) = self.watch();
+        for &peer in waiting_for {
+            if let Err(error) = engine.transport.check(peer) {
+                return Err(engine.link_error(error, watch));
+            }
+        }
+        // Messages come over the links, collectives do not: a frame is due from nobody.
+        engine.idle(waiting_for, |_| false, watch)
+    }
+
+    fn end(&mut self) {
+        self.engine.transport.wait_is_over();
+    }
+
+    fn mismatch(&mut self, peer: usize, theirs: &Prefix) -> Error {
+        match Operation::from_prefix(theirs) {
+            Some((theirs, _)) => self.engine.mismatch(peer, theirs, self.operation),
+            None => {
+                let reason = "it called an operation that this release does not know".to_owned();
+                Error::PeerLost { operation: self.operation, rank: peer, reason }
             }
         }
     }
@@ -652,6 +844,7 @@ impl PeerSet {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::plan::Span;
 
     #[test]
     fn the_culprit_is_whoever_is_waited_for_and_does_not_wait() {
@@ -665,6 +858,17 @@ mod tests {
         assert_eq!(answers(&[]).culprits(0, &[1, 3]), [1, 3]);
         assert_eq!(answers(&[(1, &[0])]).culprits(0, &[1]), [1], "a circle names whom we wait for");
         assert_eq!(answers(&[(1, &[0]), (1, &[3])]).culprits(0, &[1]), [3], "the last answer counts");
+    }
+
+    #[test]
+    fn a_peer_in_the_middle_of_a_frame_is_not_looked_at_for_the_head_of_another() {
+        let incoming = |peer, received| Incoming {
+            transfer: Transfer { peer, place: Place::Output, span: Span { start: 0, len: 10 } },
+            received,
+            done: false,
+        };
+        let receives = [incoming(1, Some(4)), incoming(1, None), incoming(2, None)];
+        assert_eq!(between_frames(&[1, 2, 3], &receives), [2, 3]);
     }
 
     #[test]

@@ -87,9 +87,14 @@ impl Fault {
         self.raise(|news| news.lost.push((rank, reason.to_owned())));
     }
 
+    /// Whether there is news; one load of an atomic.
+    pub(crate) fn is_raised(&self) -> bool {
+        self.raised.load(Ordering::Acquire)
+    }
+
     /// Takes the news, if there is any; one load of an atomic if not.
     pub(crate) fn take(&self) -> Option<News> {
-        if !self.raised.load(Ordering::Acquire) {
+        if !self.is_raised() {
             return None;
         }
         let mut news = self.lock();

@@ -38,6 +38,7 @@ mod kernels;
 pub mod operation;
 pub mod plan;
 mod progress;
+mod shared;
 mod work;
 
 pub use communicator::{Algorithm, Communicator, Config, Order, Statistics};
@@ -47,4 +48,5 @@ pub use fault::Interrupter;
 #[doc(hidden)]
 pub use kernels::for_benches as kernels_for_benches;
 pub use operation::{Kind, Operation};
+pub use shared::registered::SharedBuffer;
 pub use work::Work;

@@ -207,7 +207,7 @@ impl Operation {
     }
 
     /// Whether all ranks take part, rather than two.
-    fn is_collective(&self) -> bool {
+    pub(crate) fn is_collective(&self) -> bool {
         !matches!(self.kind, Kind::Message { .. })
     }
 }

@@ -34,11 +34,13 @@ impl Progress {
     /// Runs `operation` on this thread, after all that was started before. Each of those has a
     /// deadline, so the wait for them has one too.
     pub(crate) fn run<R>(&mut self, operation: impl FnOnce(&mut Engine) -> R) -> R {
-        let mut started = lock(&self.shared.started);
-        while *started > 0 {
-            started = self.shared.drained.wait(started).unwrap_or_else(PoisonError::into_inner);
+        // Nothing was ever started: no need to ask what is left of it.
+        if self.queue.is_some() {
+            let mut started = lock(&self.shared.started);
+            while *started > 0 {
+                started = self.shared.drained.wait(started).unwrap_or_else(PoisonError::into_inner);
+            }
         }
-        drop(started);
         operation(&mut lock(&self.shared.engine))
     }
 

@@ -1,10 +1,13 @@
-//! The behaviour list on QUIC, between real processes that the launcher has started.
+//! The behaviour list between real processes that the launcher has started: on QUIC, and on memory that they
+//! share.
 
 mod job;
 
 use job::{Job, trial};
 use paceline_runtime::World;
+use paceline_runtime::env::{self, JobEnv};
 use paceline_testing::{ALL, Behaviour};
+use paceline_transport::shm::Sharing;
 
 fn main() {
     job::main(rank, || {
@@ -12,18 +15,23 @@ fn main() {
             |behaviour: &'static Behaviour| behaviour.world_sizes.iter().map(move |&n| (behaviour, n));
         ALL.iter()
             .flat_map(sizes)
-            .map(|(behaviour, ranks)| {
-                trial(format!("{}::on_{ranks}_ranks", behaviour.name), move || {
-                    Job::start(ranks, &["--grace", "1"], behaviour.name, &[]).finish().assert_success();
+            .flat_map(|(behaviour, ranks)| LINKS.map(|links| (behaviour, ranks, links)))
+            .map(|(behaviour, ranks, links)| {
+                trial(format!("{}::on_{ranks}_ranks_over_{links}", behaviour.name), move || {
+                    Job::start(ranks, &["--grace", "1"], behaviour.name, &[links]).finish().assert_success();
                 })
             })
             .collect()
     });
 }
 
-fn rank(name: &str, _: &[String]) {
+const LINKS: [&str; 2] = ["quic", "shm"];
+
+fn rank(name: &str, args: &[String]) {
     let behaviour = ALL.iter().find(|behaviour| behaviour.name == name).expect("the name is in the list");
-    let world = World::join_with((behaviour.config)()).expect("all ranks are started");
+    let env = JobEnv::from_vars(env::process).expect("the launcher knows").expect("there is a launcher");
+    let sharing = if args == ["quic"] { Sharing::Off } else { Sharing::Auto };
+    let world = World::join_job(&env, (behaviour.config)(), sharing).expect("all ranks are started");
     let (communicator, _membership) = world.into_parts();
     (behaviour.run)(communicator);
 }

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use paceline_collectives::{Algorithm, Config, Order};
+use paceline_transport::shm::Sharing;
 
 use crate::Error;
 
@@ -43,6 +44,7 @@ const TIMEOUT: &str = "PACELINE_TIMEOUT";
 const SEGMENT_BYTES: &str = "PACELINE_SEGMENT_BYTES";
 const ALGORITHM: &str = "PACELINE_ALGORITHM";
 const ORDER: &str = "PACELINE_ORDER";
+const SHARED_MEMORY: &str = "PACELINE_SHARED_MEMORY";
 
 /// The largest world a launcher may announce; a typing error should not allocate links for millions.
 const WORLD_SIZE_LIMIT: usize = 65_536;
@@ -123,6 +125,15 @@ pub fn collectives_config(lookup: impl Fn(&str) -> Option<String>) -> Result<Con
         config.order = order;
     }
     Ok(config)
+}
+
+/// Whether ranks of one host share memory: `PACELINE_SHARED_MEMORY`.
+///
+/// # Errors
+/// [`Error::Environment`] for a value that makes no sense.
+pub fn sharing(lookup: impl Fn(&str) -> Option<String>) -> Result<Sharing, Error> {
+    let choices = [("auto", Sharing::Auto), ("off", Sharing::Off)];
+    Ok(choice(&lookup, SHARED_MEMORY, &choices)?.unwrap_or_default())
 }
 
 /// The variable that carries the launcher's `--timeout` to the ranks.
@@ -250,6 +261,9 @@ mod tests {
         assert_eq!(set(ALGORITHM, "ring").map(|config| config.algorithm), Ok(Algorithm::Ring));
         assert_eq!(set(ORDER, "any").map(|config| config.order), Ok(Order::Any));
         assert_eq!(set(SEGMENT_BYTES, "1024").map(|config| config.segment_bytes), Ok(1024));
+        let shared = |value: &str| sharing(lookup(vec![(SHARED_MEMORY, value.to_owned())]));
+        assert_eq!((sharing(|_| None), shared("off")), (Ok(Sharing::Auto), Ok(Sharing::Off)));
+        assert!(shared("yes").expect_err("nonsense").to_string().contains("none of auto, off"));
         for (variable, value) in
             [(TIMEOUT, "0"), (TIMEOUT, "nan"), (ALGORITHM, "tree"), (ORDER, ""), (SEGMENT_BYTES, "1")]
         {

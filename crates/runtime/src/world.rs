@@ -2,13 +2,14 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use paceline_collectives::{Communicator, Config, Error as CollectivesError, Interrupter};
 use paceline_transport::identity::Identity;
-use paceline_transport::mem;
 use paceline_transport::quic::{Endpoint, IoThread, QuicTransport};
+use paceline_transport::shm::{self, Sharing};
+use paceline_transport::{Transport, mem};
 use tokio::sync::oneshot;
 
 use crate::Error;
@@ -68,7 +69,7 @@ impl World {
     /// As [`join`](Self::join).
     pub fn join_with(config: Config) -> Result<Self, Error> {
         match JobEnv::from_vars(env::process)? {
-            Some(env) => Self::join_job(&env, config),
+            Some(env) => Self::join_job(&env, config, env::sharing(env::process)?),
             None => Self::alone(config),
         }
     }
@@ -86,11 +87,11 @@ impl World {
         })
     }
 
-    /// Takes the place that `env` describes; [`join`](Self::join) reads it from the environment.
+    /// Takes the place that `env` describes, sharing memory with ranks of this host or not; [`join`](Self::join) reads it from the environment.
     ///
     /// # Errors
     /// As [`join`](Self::join).
-    pub fn join_job(env: &JobEnv, config: Config) -> Result<Self, Error> {
+    pub fn join_job(env: &JobEnv, config: Config, sharing: Sharing) -> Result<Self, Error> {
         let deadline = Instant::now() + env.rendezvous_timeout + SERVER_GRACE;
         let io = IoThread::start()?;
         let identity = read_identity(&env.identity)?;
@@ -102,14 +103,18 @@ impl World {
         let client = Arc::new(tokio::sync::Mutex::new(client));
         let death = first_death(client.clone());
         let transport = QuicTransport::connect_unless(&endpoint, roster, deadline, death)?;
-        let mut communicator = Communicator::new(Box::new(transport), config)?;
-        tracing::info!(rank = env.rank, world_size = env.world_size, "all ranks are connected");
+        let transport = share_memory(&io, client.clone(), Box::new(transport), sharing, deadline)?;
+        let links = transport.name();
+        let mut communicator = Communicator::new(transport, config)?;
+        tracing::info!(rank = env.rank, world_size = env.world_size, links, "all ranks are connected");
         let (culprit, culprits) = oneshot::channel();
         communicator.on_failure(move |error| {
             // Nobody listens any more: the launcher has gone, or this rank is leaving.
             let _ = culprit.send(culprit_of(error));
         });
-        let watcher = io.handle().spawn(watch(client, communicator.interrupter(), culprits));
+        let interrupter = communicator.interrupter();
+        let watcher = io.handle().spawn(watch(client, interrupter, culprits));
+        communicator.tune()?;
         Ok(Self {
             rank: env.rank,
             world_size: env.world_size,
@@ -166,6 +171,24 @@ impl Drop for Job {
     fn drop(&mut self) {
         self.watcher.abort();
     }
+}
+
+/// Lets the ranks share memory if they are all on this host; gives up when one of them dies meanwhile.
+fn share_memory(
+    io: &IoThread,
+    client: Arc<tokio::sync::Mutex<Client>>,
+    transport: Box<dyn Transport>,
+    sharing: Sharing,
+    deadline: Instant,
+) -> Result<Box<dyn Transport>, Error> {
+    let death = Arc::new(OnceLock::new());
+    let heard = death.clone();
+    let listener = io.handle().spawn(async move {
+        let _ = heard.set(first_death(client).await);
+    });
+    let transport = shm::upgrade(transport, sharing, deadline, &|| death.get().cloned());
+    listener.abort();
+    Ok(transport?)
 }
 
 /// Completes when a rank has ended before all links were made, with the reason.

@@ -47,12 +47,6 @@ impl Former {
     }
 }
 
-impl std::fmt::Debug for dyn Transport {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct(self.name()).field("rank", &self.rank()).finish_non_exhaustive()
-    }
-}
-
 /// Checks the members of a new group and returns the place of `rank` among them.
 pub(crate) fn place(members: &[usize], rank: usize, world_size: usize) -> Result<usize, Error> {
     let usage = |reason| Err(Error::Usage { reason });

@@ -11,6 +11,7 @@
 //! |---|---|
 //! | [`mem`] | ranks as threads of one process, over a bounded window |
 //! | [`quic`] | ranks as processes, over QUIC with mutual TLS |
+//! | [`shm`] | ranks of one host, through memory that they share |
 //! | [`identity`] | the job's certificate authority and its members' identities |
 //! | [`frame`] | the data-plane header, written by hand, and partial sends and receives of frames |
 //! | [`wire`] | control messages: the only file that knows bincode |
@@ -22,14 +23,18 @@ pub mod identity;
 pub mod mem;
 pub mod park;
 pub mod quic;
+pub mod shm;
 pub mod wire;
 
+use std::fmt;
 use std::io::IoSlice;
+use std::sync::Arc;
 use std::task::Waker;
 use std::time::Instant;
 
 pub use error::Error;
 pub use forming::{Former, Forming};
+use shm::{Segments, SharedMemory};
 
 /// The longest control message a transport accepts, in bytes.
 ///
@@ -46,7 +51,7 @@ pub const CONTROL_MESSAGE_LIMIT: usize = 4096;
 /// Bytes arrive in the order they were sent, per ordered pair of ranks; nothing orders different
 /// pairs, nor data against control. Indexing a peer that is this rank or not below
 /// [`world_size`](Transport::world_size) is a defect of the caller and panics.
-pub trait Transport: Send {
+pub trait Transport: Send + fmt::Debug {
     /// A short name for logs and errors: `mem`, `quic`.
     fn name(&self) -> &'static str;
 
@@ -95,6 +100,44 @@ pub trait Transport: Send {
     /// A wake-up since the last `wait` is remembered and ends the next one at once, so polling all
     /// links and then waiting never sleeps through an event. Wake-ups may be spurious.
     fn wait(&mut self, until: Instant);
+
+    /// Passes a moment that is too short to park for, and says whether it did. A few µs after something
+    /// last moved it answers `false`: then look for bad news and [`wait`](Transport::wait). Transports
+    /// whose peers never answer within less time than a wake-up takes always answer `false`.
+    fn spin(&mut self) -> bool {
+        false
+    }
+
+    /// What was waited for has come, other than through this transport's byte streams.
+    fn wait_is_over(&mut self) {}
+
+    /// Whether the link to `peer` was up when [`wait`](Transport::wait) last looked.
+    ///
+    /// # Errors
+    /// [`Error::Lost`] or [`Error::Left`] if it was not. Transports on which that shows by receiving
+    /// alone answer `Ok`.
+    fn check(&mut self, _peer: usize) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// Counts `peer` as lost from now on, because somebody else has learnt that it is: nothing waits for
+    /// its answer any more, but for the moment that [`abort`](Transport::abort) takes to tell it.
+    fn give_up(&mut self, _peer: usize, _reason: &str) {}
+
+    /// The memory that all ranks share, when they do.
+    fn segments(&self) -> Option<Arc<Segments>> {
+        None
+    }
+
+    /// Gives `memory` to all other ranks and returns that of every rank, by rank. Every rank calls it
+    /// with as many bytes. Blocks.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when ranks do not share memory; [`Error::Lost`] with the rank that did not give
+    /// its own by the deadline.
+    fn share(&mut self, _memory: SharedMemory, _deadline: Instant) -> Result<Vec<SharedMemory>, Error> {
+        Err(Error::Usage { reason: format!("{} does not share memory", self.name()) })
+    }
 
     /// A waker with which another thread ends a [`wait`](Transport::wait).
     fn waker(&self) -> Waker;

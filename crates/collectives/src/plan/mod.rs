@@ -313,6 +313,61 @@ impl Plan {
         }
     }
 
+    /// What is to be done.
+    pub(crate) fn schedule(&self) -> Schedule {
+        self.schedule
+    }
+
+    /// The number of elements that `rank` gives to a collective. Equal on whichever rank's plan it is asked.
+    pub(crate) fn input_len(&self, rank: usize) -> usize {
+        match self.schedule {
+            Schedule::AllGatherDirect | Schedule::AllGatherRing | Schedule::Gather { .. } => {
+                self.shares.of_rank(rank).len
+            }
+            Schedule::ReduceScatterDirect | Schedule::ReduceScatterRing => {
+                let last = self.shares.of_rank(self.world_size - 1);
+                last.start + last.len
+            }
+            Schedule::Scatter { root } => match rank == root {
+                true => {
+                    let last = self.shares.of_rank(self.world_size - 1);
+                    last.start + last.len
+                }
+                false => 0,
+            },
+            Schedule::AllToAll => {
+                let (last, _) = self.shares.of_pair(self.world_size, rank, self.world_size - 1);
+                last.start + last.len
+            }
+            Schedule::BroadcastDirect { root } | Schedule::BroadcastChain { root } => {
+                if rank == root {
+                    self.whole().len
+                } else {
+                    0
+                }
+            }
+            Schedule::AllReduceDirect
+            | Schedule::AllReduceRing
+            | Schedule::ReduceDirect { .. }
+            | Schedule::ReduceChain { .. }
+            | Schedule::Barrier
+            | Schedule::SendTo { .. }
+            | Schedule::ReceiveFrom { .. } => self.whole().len,
+        }
+    }
+
+    /// The length of the longest [`piece`](Self::piece) between two ranks.
+    pub(crate) fn longest_piece(&self) -> usize {
+        match self.shares.even() {
+            Some(len) => len,
+            None => {
+                let ranks = 0..self.world_size;
+                let pairs = ranks.clone().flat_map(|from| ranks.clone().map(move |to| (from, to)));
+                pairs.filter_map(|(from, to)| Some(self.piece(from, to)?.0.len)).max().unwrap_or(0)
+            }
+        }
+    }
+
     /// Which elements of the input of rank `from` a collective that copies puts into the output of rank
     /// `to`, and where; `None` when there are none by the nature of the collective, and for all others.
     /// Both spans have the same length, which may be 0. Equal on whichever rank's plan it is asked.

@@ -49,6 +49,8 @@ pub struct BenchArgs {
     pub timing: Timing,
     /// What is printed.
     pub output: Output,
+    /// Whether the buffers lie in memory that all ranks have mapped.
+    pub registered: bool,
     /// Where a plot goes.
     pub plot: Option<PathBuf>,
     iterations: Option<u32>,
@@ -204,6 +206,9 @@ pub struct Flags {
     #[arg(short = 'c', long, value_name = "0|1", default_value = "1", value_parser = switch)]
     #[arg(action = ArgAction::Set)]
     check: bool,
+    /// Take buffers that all ranks of the host have mapped, so that nothing is staged
+    #[arg(long)]
+    registered: bool,
     /// OSU's loop and columns: each call timed by itself, with a barrier after it
     #[arg(long)]
     osu: bool,
@@ -259,6 +264,7 @@ impl Flags {
                 (_, true) => Output::Explain,
                 _ => Output::Table,
             },
+            registered: self.registered,
             plot: self.plot,
             iterations: self.iterations,
             warmup: self.warmup,

@@ -1,10 +1,11 @@
 //! What one rank does: warms up, times each row, and checks every element once.
 
 use std::hint::black_box;
+use std::ops::{Deref, DerefMut};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use paceline_runtime::collectives::{Communicator, Error as CollectivesError};
+use paceline_runtime::collectives::{Communicator, Error as CollectivesError, SharedBuffer};
 
 use super::args::{BenchArgs, Output, RowShape, Timing};
 use super::collective::{Member, Place, Shape};
@@ -19,20 +20,53 @@ pub struct Bench<'a, T> {
     communicator: &'a mut Communicator,
     args: &'a BenchArgs,
     member: Member,
-    input: Vec<T>,
-    output: Vec<T>,
+    input: Buffer<T>,
+    output: Buffer<T>,
+}
+
+/// The elements of all rows, in memory of this process or of all ranks.
+enum Buffer<T> {
+    Private(Vec<T>),
+    Registered(SharedBuffer<T>),
+}
+
+impl<T: Value> Deref for Buffer<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        match self {
+            Buffer::Private(elements) => elements,
+            Buffer::Registered(elements) => elements,
+        }
+    }
+}
+
+impl<T: Value> DerefMut for Buffer<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        match self {
+            Buffer::Private(elements) => elements,
+            Buffer::Registered(elements) => elements,
+        }
+    }
 }
 
 impl<'a, T: Value> Bench<'a, T> {
     /// Takes memory for the largest row and touches all of it.
-    pub fn new(communicator: &'a mut Communicator, args: &'a BenchArgs) -> Self {
+    ///
+    /// # Errors
+    /// The communicator's, when registered memory is asked for.
+    pub fn new(communicator: &'a mut Communicator, args: &'a BenchArgs) -> Result<Self, CollectivesError> {
         let member = Member { rank: communicator.rank(), ranks: communicator.world_size() };
         let rows = args.rows(member.ranks as u32);
         let input_len = rows.iter().map(|row| row.input_len).max().unwrap_or(0);
         let output_len = rows.iter().map(|row| args.output_room(row)).max().unwrap_or(0);
-        // Not vec![zero; len]: that is memory which the kernel hands out page by page, under the clock.
-        let ones = |len| vec![T::wrapped(1); len];
-        Bench { communicator, args, member, input: ones(input_len), output: ones(output_len) }
+        let mut buffer = |len| match args.registered {
+            true => communicator.alloc(len).map(Buffer::Registered),
+            // Not vec![zero; len]: that is memory which the kernel hands out page by page, under the clock.
+            false => Ok(Buffer::Private(vec![T::wrapped(1); len])),
+        };
+        let (input, output) = (buffer(input_len)?, buffer(output_len)?);
+        Ok(Bench { communicator, args, member, input, output })
     }
 
     /// Measures all rows, in order, and passes on each result.
@@ -222,7 +256,8 @@ mod tests {
                 scope.spawn(move || {
                     let mut communicator =
                         Communicator::new(Box::new(transport), Config::default()).expect("the defaults");
-                    let result = work(Bench::new(&mut communicator, args));
+                    let bench = Bench::new(&mut communicator, args).expect("there is memory");
+                    let result = work(bench);
                     communicator.leave().expect("everybody leaves");
                     result
                 })

@@ -59,7 +59,7 @@ pub fn run(args: &BenchArgs, report: &Path) -> Result<(), Error> {
     world.leave().map_err(|e| failed("leaving the job", &e))
 }
 
-fn explain(communicator: &Communicator, args: &BenchArgs, launcher: &Launcher) -> Result<(), Error> {
+fn explain(communicator: &mut Communicator, args: &BenchArgs, launcher: &Launcher) -> Result<(), Error> {
     let kind = args.collective.kind(args.op, args.root);
     for (row, shape) in args.rows(communicator.world_size() as u32).iter().enumerate() {
         let (name, reason) = communicator
@@ -95,7 +95,7 @@ fn measure<T: Value>(
     args: &BenchArgs,
     launcher: &Launcher,
 ) -> Result<(), Error> {
-    Bench::<T>::new(communicator, args).run(|measured| launcher.tell(&Message::Measured(measured)))
+    Bench::<T>::new(communicator, args)?.run(|measured| launcher.tell(&Message::Measured(measured)))
 }
 
 impl From<CollectivesError> for Error {

@@ -5,7 +5,7 @@ use std::io::IoSlice;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use quinn::{ConnectionError, ReadError, RecvStream, SendStream, WriteError};
 use serde::{Deserialize, Serialize};
@@ -26,6 +26,10 @@ use crate::{CONTROL_MESSAGE_LIMIT, Error, Forming, Transport};
 ///
 /// When the receiving side is full the sender's fills up; a link with both full counts as broken.
 const CONTROL_QUEUE_LIMIT: usize = 512;
+
+/// How long a last message waits for a peer that counts as lost. One that lives takes it within a
+/// millisecond; one that was killed never does, and the error of the operation waits for this long.
+const GIVEN_UP_GRACE: Duration = Duration::from_millis(3);
 
 /// One rank's QUIC links to all other ranks of one epoch.
 ///
@@ -56,6 +60,8 @@ struct Link {
     /// How receiving data ended, if it did: every later call answers the same.
     data_in_end: Option<Error>,
     control_out: mpsc::Sender<Control>,
+    /// Whether the peer counts as lost: it may still be told why, but is hardly waited for.
+    given_up: bool,
     /// Ends when the peer has everything up to our goodbye, or the link is gone.
     control_sender: Option<JoinHandle<()>>,
     shared: Arc<LinkState>,
@@ -213,6 +219,12 @@ impl Transport for QuicTransport {
         self.parker.waker()
     }
 
+    fn give_up(&mut self, peer: usize, _reason: &str) {
+        if let Some(link) = &mut self.links[peer] {
+            link.given_up = true;
+        }
+    }
+
     fn split(&mut self, members: &[usize], id: u64, deadline: Instant) -> Result<Forming, Error> {
         let rank = place(members, self.roster.rank, self.links.len())?;
         if id == mesh::WORLD {
@@ -288,7 +300,18 @@ impl Link {
         let control_sender = Some(io.spawn(send_all(queue, sender)));
         io.spawn(receive_all(receiver, connection.get().clone(), shared.clone()));
         let data_in_end = None;
-        Self { connection, peer, data_out, data_in, data_in_end, control_out, control_sender, shared }
+        let given_up = false;
+        Self {
+            connection,
+            peer,
+            data_out,
+            data_in,
+            data_in_end,
+            control_out,
+            given_up,
+            control_sender,
+            shared,
+        }
     }
 
     fn try_send(&mut self, cx: &mut Context<'_>, parts: &[IoSlice<'_>]) -> Result<usize, Error> {
@@ -356,6 +379,7 @@ impl Link {
         });
         let (control_out, control_sender) = (self.control_out.clone(), self.control_sender.take());
         let (peer, shared) = (self.peer, self.shared.clone());
+        let patience = if self.given_up { GIVEN_UP_GRACE } else { Duration::MAX };
         async move {
             let delivered = async {
                 let _ = control_out.send(last).await;
@@ -369,6 +393,7 @@ impl Link {
             tokio::select! {
                 () = delivered => {}
                 () = shared.ended() => {}
+                () = tokio::time::sleep(patience) => {}
             }
             peer
         }

@@ -1,0 +1,437 @@
+//! How ranks find out that they are on one host, and hand each other their memory.
+//!
+//! Nobody compares host names: two ranks are on one host if one can connect to the other's Unix socket
+//! and map the memory that comes through it. The sockets' names and a token each travel over the links
+//! that exist already, which are authenticated; whoever connects without the token is turned away.
+//!
+//! 1. Every rank listens at a name of its own and tells it to all others.
+//! 2. The higher rank of each pair connects and says over the link whether it could.
+//! 3. Both say who they are, with the other's token, and send their segment's descriptor.
+//! 4. Every rank tells all others whether it has all segments. Only if everybody has, memory is shared:
+//!    a choice that ranks make differently would deadlock them.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg, sockopt::socket_peercred,
+};
+use rustix::thread::{CpuSet, sched_getaffinity};
+
+use super::layout::{Layout, RANK_LIMIT};
+use super::memory::SharedMemory;
+use crate::{Error, Transport};
+
+/// Announces the version: a rank of another release answers something else, and memory is not shared.
+const MAGIC: [u8; 8] = *b"PACESHM1";
+
+/// How long the other end of a Unix socket may take to say who it is. It is on this host and has
+/// connected already; the rest is for a machine that is overloaded.
+const INTRODUCTION_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What the ranks of one host have of each other.
+pub(super) struct Acquaintance {
+    /// By rank, this rank's own included.
+    pub(super) memory: Vec<SharedMemory>,
+    /// By rank; `None` at this rank. Ends when the other process does.
+    pub(super) sockets: Vec<Option<UnixStream>>,
+    /// How many processors the ranks have together.
+    pub(super) processors: usize,
+}
+
+/// A rank's own side of the handshake.
+struct Door {
+    listener: UnixListener,
+    memory: SharedMemory,
+    hello: Hello,
+}
+
+/// The first bytes on each link.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Hello {
+    /// In the abstract namespace; all zero when this rank will not share memory.
+    name: [u8; 16],
+    token: [u8; 16],
+    /// The processors that this rank may run on, a bit each.
+    processors: [u8; PROCESSOR_BYTES],
+}
+
+/// As many processors as the kernel's own type has.
+const PROCESSOR_BYTES: usize = CpuSet::MAX_CPU / 8;
+
+const HELLO_BYTES: usize = 40 + PROCESSOR_BYTES;
+
+/// What is said through a Unix socket: magic, rank, the listener's or the caller's token.
+const INTRODUCTION_BYTES: usize = 32;
+
+/// Runs the handshake. `None`, with the reason in words, when the ranks do not all share a host; every
+/// rank gets the same answer.
+///
+/// # Errors
+/// Those of the links, [`Error::GaveUp`] with what `give_up` says, [`Error::TimedOut`].
+pub(super) fn run(
+    links: &mut dyn Transport,
+    willing: bool,
+    deadline: Instant,
+    give_up: &dyn Fn() -> Option<String>,
+) -> Result<Result<Acquaintance, String>, Error> {
+    let (rank, world_size) = (links.rank(), links.world_size());
+    let mut link = Links { links, deadline, give_up };
+    let opened = match willing {
+        false => Err("shared memory is turned off".to_owned()),
+        true if world_size > RANK_LIMIT => Err(format!("there are more than {RANK_LIMIT} ranks")),
+        true => Door::open(world_size).map_err(|error| format!("this rank cannot share memory: {error}")),
+    };
+    let own_hello = opened.as_ref().map_or(Hello::UNWILLING, |door| door.hello);
+    let hellos = link.exchange(|_| own_hello.to_bytes())?;
+    let hellos: Vec<Option<Hello>> = hellos.iter().map(|bytes| Hello::from_bytes(bytes.as_ref()?)).collect();
+    let door = match opened {
+        Ok(_) if (0..world_size).any(|peer| peer != rank && hellos[peer].is_none()) => {
+            return Ok(Err("a rank does not share memory".to_owned()));
+        }
+        Ok(door) => door,
+        Err(reason) => return Ok(Err(reason)),
+    };
+    let called: Vec<Option<UnixStream>> = (0..world_size)
+        .map(|peer| hellos[peer].filter(|_| peer < rank).and_then(|hello| hello.connect().ok()))
+        .collect();
+    let answers = link.exchange(|peer| [u8::from(peer < rank && called[peer].is_some())])?;
+    let callers = (rank + 1..world_size).filter(|&peer| answers[peer] == Some([1])).count();
+    let outcome = door.introduce(rank, called, callers, &hellos);
+    let verdicts = link.exchange(|_| [u8::from(outcome.is_ok())])?;
+    let missing = (0..world_size).find(|&peer| peer != rank && verdicts[peer] != Some([1]));
+    Ok(match (outcome, missing) {
+        (Err(reason), _) => Err(reason),
+        (Ok(_), Some(peer)) => Err(format!("rank {peer} cannot reach all others through Unix sockets")),
+        (Ok(acquaintance), None) => Ok(acquaintance),
+    })
+}
+
+/// What a rank would have whose peers all had its own segment, and a processor each.
+pub(super) fn mirror_images(world_size: usize) -> io::Result<Acquaintance> {
+    let own = SharedMemory::create(Layout::new(world_size).len())?;
+    let again = |_| SharedMemory::open(own.file().try_clone_to_owned()?, own.len());
+    let memory = (0..world_size).map(again).collect::<io::Result<_>>()?;
+    Ok(Acquaintance { memory, sockets: (0..world_size).map(|_| None).collect(), processors: world_size })
+}
+
+impl Door {
+    fn open(world_size: usize) -> io::Result<Self> {
+        let mut random = [0; 32];
+        fill_random(&mut random)?;
+        let (name, token) = random.split_at(16);
+        let hello = Hello {
+            name: name.try_into().expect("16 bytes"),
+            token: token.try_into().expect("16 bytes"),
+            processors: own_processors(),
+        };
+        let listener = UnixListener::bind_addr(&hello.addr()?)?;
+        Ok(Self { listener, memory: SharedMemory::create(Layout::new(world_size).len())?, hello })
+    }
+
+    /// Meets every other rank: those in `called` were called by this one, `callers` others call.
+    fn introduce(
+        self,
+        rank: usize,
+        called: Vec<Option<UnixStream>>,
+        callers: usize,
+        hellos: &[Option<Hello>],
+    ) -> Result<Acquaintance, String> {
+        let world_size = hellos.len();
+        let deadline = Instant::now() + INTRODUCTION_TIMEOUT;
+        let mut sockets = called;
+        let mut memory: Vec<Option<SharedMemory>> = (0..world_size).map(|_| None).collect();
+        let say = |socket: &UnixStream, peer: usize| {
+            let token = hellos[peer].expect("all hellos have come").token;
+            send_memory(socket.as_fd(), &introduction(rank, &token), self.memory.file())
+        };
+        let hear = |socket: &UnixStream, deadline| -> io::Result<(usize, SharedMemory)> {
+            let (bytes, file) = receive_memory(socket.as_fd(), deadline)?;
+            let peer = introduced(&bytes, &self.hello.token, world_size)?;
+            Ok((peer, SharedMemory::open(file, self.memory.len())?))
+        };
+        for (peer, socket) in sockets.iter().enumerate() {
+            if let Some(socket) = socket {
+                say(socket, peer).map_err(|error| format!("meeting rank {peer}: {error}"))?;
+            }
+        }
+        let mut met = 0;
+        while met < callers {
+            let socket =
+                accept(&self.listener, deadline).map_err(|error| format!("waiting for a rank: {error}"))?;
+            // Whoever is turned away here has found a name that is in no list, or is not one of ours.
+            match hear(&socket, deadline) {
+                Ok((peer, theirs)) if peer > rank && memory[peer].is_none() => {
+                    say(&socket, peer).map_err(|error| format!("meeting rank {peer}: {error}"))?;
+                    memory[peer] = Some(theirs);
+                    sockets[peer] = Some(socket);
+                    met += 1;
+                }
+                Ok((peer, _)) => tracing::warn!(rank, peer, "refused a second caller on the Unix socket"),
+                Err(error) => tracing::warn!(rank, %error, "refused a caller on the Unix socket"),
+            }
+        }
+        for peer in 0..rank {
+            let Some(socket) = &sockets[peer] else { return Err(format!("rank {peer} is on another host")) };
+            let (named, theirs) =
+                hear(socket, deadline).map_err(|error| format!("meeting rank {peer}: {error}"))?;
+            if named != peer {
+                return Err(format!("rank {peer} says that it is rank {named}"));
+            }
+            memory[peer] = Some(theirs);
+        }
+        let processors = count_processors(hellos.iter().flatten().chain([&self.hello]));
+        memory[rank] = Some(self.memory);
+        match memory.iter().position(Option::is_none) {
+            Some(peer) => Err(format!("rank {peer} is on another host")),
+            None => Ok(Acquaintance { memory: memory.into_iter().flatten().collect(), sockets, processors }),
+        }
+    }
+}
+
+impl Hello {
+    const UNWILLING: Self = Self { name: [0; 16], token: [0; 16], processors: [0; PROCESSOR_BYTES] };
+
+    fn to_bytes(self) -> [u8; HELLO_BYTES] {
+        let mut bytes = [0; HELLO_BYTES];
+        bytes[..8].copy_from_slice(&MAGIC);
+        bytes[8..24].copy_from_slice(&self.name);
+        bytes[24..40].copy_from_slice(&self.token);
+        bytes[40..].copy_from_slice(&self.processors);
+        bytes
+    }
+
+    /// `None` for a rank that is unwilling, or of a release that shares memory in another way.
+    fn from_bytes(bytes: &[u8; HELLO_BYTES]) -> Option<Self> {
+        let hello = Self {
+            name: bytes[8..24].try_into().expect("16 bytes"),
+            token: bytes[24..40].try_into().expect("16 bytes"),
+            processors: bytes[40..].try_into().expect("a bit for each processor"),
+        };
+        (bytes[..8] == MAGIC && hello != Self::UNWILLING).then_some(hello)
+    }
+
+    fn addr(&self) -> io::Result<SocketAddr> {
+        let mut name = b"paceline-".to_vec();
+        for byte in self.name {
+            name.extend_from_slice(format!("{byte:02x}").as_bytes());
+        }
+        SocketAddr::from_abstract_name(name)
+    }
+
+    fn connect(&self) -> io::Result<UnixStream> {
+        UnixStream::connect_addr(&self.addr()?)
+    }
+}
+
+fn introduction(rank: usize, token: &[u8; 16]) -> [u8; INTRODUCTION_BYTES] {
+    let mut bytes = [0; INTRODUCTION_BYTES];
+    bytes[..8].copy_from_slice(&MAGIC);
+    bytes[8..16].copy_from_slice(&(rank as u64).to_le_bytes());
+    bytes[16..].copy_from_slice(token);
+    bytes
+}
+
+/// The rank that an introduction names, if it shows the token that was given to it.
+fn introduced(
+    bytes: &[u8; INTRODUCTION_BYTES],
+    own_token: &[u8; 16],
+    world_size: usize,
+) -> io::Result<usize> {
+    let rank = u64::from_le_bytes(bytes[8..16].try_into().expect("8 bytes"));
+    // All bytes are compared, whatever the first ones say, so that the time tells nothing.
+    let differing = bytes[16..].iter().zip(own_token).fold(0, |sum, (a, b)| sum | (a ^ b));
+    if bytes[..8] != MAGIC || differing != 0 || rank >= world_size as u64 {
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, "it does not know this job's token"));
+    }
+    Ok(rank as usize)
+}
+
+fn fill_random(bytes: &mut [u8]) -> io::Result<()> {
+    let mut filled = 0;
+    while filled < bytes.len() {
+        filled += rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty())?;
+    }
+    Ok(())
+}
+
+fn own_processors() -> [u8; PROCESSOR_BYTES] {
+    let mut bits = [0; PROCESSOR_BYTES];
+    // Fails only for a process that does not exist.
+    if let Ok(own) = sched_getaffinity(None) {
+        (0..CpuSet::MAX_CPU).filter(|&cpu| own.is_set(cpu)).for_each(|cpu| bits[cpu / 8] |= 1 << (cpu % 8));
+    }
+    bits
+}
+
+/// How many processors some ranks have together.
+fn count_processors<'a>(hellos: impl Iterator<Item = &'a Hello>) -> usize {
+    let mut all = [0u8; PROCESSOR_BYTES];
+    hellos.for_each(|hello| all.iter_mut().zip(hello.processors).for_each(|(all, theirs)| *all |= theirs));
+    all.iter().map(|byte| byte.count_ones() as usize).sum()
+}
+
+/// Waits for a connection of this user's until `deadline`.
+fn accept(listener: &UnixListener, deadline: Instant) -> io::Result<UnixStream> {
+    loop {
+        readable(listener.as_fd(), deadline)?;
+        let (socket, _) = listener.accept()?;
+        let uid = socket_peercred(&socket)?.uid;
+        if uid == rustix::process::geteuid() {
+            return Ok(socket);
+        }
+        tracing::warn!(uid = uid.as_raw(), "refused another user on the Unix socket");
+    }
+}
+
+/// Waits until something can be read from `file`, or its other end is closed.
+pub(super) fn readable(file: BorrowedFd<'_>, deadline: Instant) -> io::Result<()> {
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "nothing came within the deadline"));
+        }
+        let mut files = [PollFd::from_borrowed_fd(file, PollFlags::IN)];
+        match poll(&mut files, left.try_into().ok().as_ref()) {
+            Ok(0) | Err(rustix::io::Errno::INTR) => {}
+            Ok(_) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Sends `bytes` with a descriptor of `memory`. A few dozen bytes always fit a socket's buffer.
+pub(super) fn send_memory(
+    socket: BorrowedFd<'_>,
+    bytes: &[u8; INTRODUCTION_BYTES],
+    memory: BorrowedFd<'_>,
+) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    let files = [memory];
+    assert!(ancillary.push(SendAncillaryMessage::ScmRights(&files)), "there is space for one descriptor");
+    let sent = sendmsg(socket, &[io::IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL)?;
+    match sent == bytes.len() {
+        true => Ok(()),
+        false => Err(io::Error::new(io::ErrorKind::WriteZero, "the socket took a part of a message")),
+    }
+}
+
+/// Receives what [`send_memory`] sends, until `deadline`.
+pub(super) fn receive_memory(
+    socket: BorrowedFd<'_>,
+    deadline: Instant,
+) -> io::Result<([u8; INTRODUCTION_BYTES], OwnedFd)> {
+    let mut bytes = [0; INTRODUCTION_BYTES];
+    let (mut filled, mut file) = (0, None);
+    while filled < bytes.len() {
+        readable(socket, deadline)?;
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let into = &mut [io::IoSliceMut::new(&mut bytes[filled..])];
+        let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+        let got = match recvmsg(socket, into, &mut ancillary, flags) {
+            Ok(got) => got.bytes,
+            Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => continue,
+            Err(error) => return Err(error.into()),
+        };
+        for message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(files) = message {
+                file = files.last().or(file);
+            }
+        }
+        if got == 0 {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the other end was closed"));
+        }
+        filled += got;
+    }
+    let file =
+        file.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no memory came with the message"))?;
+    Ok((bytes, file))
+}
+
+/// The links before memory is shared, for a few bytes at a time.
+struct Links<'a> {
+    links: &'a mut dyn Transport,
+    deadline: Instant,
+    give_up: &'a dyn Fn() -> Option<String>,
+}
+
+impl Links<'_> {
+    /// Sends some bytes to every peer and receives as many from each; `None` at this rank.
+    fn exchange<const N: usize>(
+        &mut self,
+        to: impl Fn(usize) -> [u8; N],
+    ) -> Result<Vec<Option<[u8; N]>>, Error> {
+        let (rank, world_size) = (self.links.rank(), self.links.world_size());
+        let started = Instant::now();
+        let mut sent = vec![0; world_size];
+        let mut received = vec![([0; N], 0); world_size];
+        (sent[rank], received[rank].1) = (N, N);
+        loop {
+            let mut moved = false;
+            for peer in (0..world_size).filter(|&peer| peer != rank) {
+                if sent[peer] < N {
+                    let count = self.links.try_send(peer, &[io::IoSlice::new(&to(peer)[sent[peer]..])])?;
+                    (sent[peer], moved) = (sent[peer] + count, moved | (count > 0));
+                }
+                let (bytes, filled) = &mut received[peer];
+                if *filled < N {
+                    let count = self.links.try_recv(peer, &mut bytes[*filled..])?;
+                    (*filled, moved) = (*filled + count, moved | (count > 0));
+                }
+            }
+            let open = |peer: &usize| sent[*peer] < N || received[*peer].1 < N;
+            let Some(peer) = (0..world_size).find(open) else { break };
+            let now = Instant::now();
+            if let Some(reason) = (self.give_up)() {
+                return Err(Error::GaveUp { what: "the ranks of this host".to_owned(), reason });
+            }
+            if now >= self.deadline {
+                let what = format!("rank {peer} to say whether it is on this host");
+                return Err(Error::TimedOut { what, elapsed: started.elapsed() });
+            }
+            if !moved {
+                // Short, to hear `give_up` in time; the links wake us when something comes.
+                self.links.wait(self.deadline.min(now + Duration::from_millis(20)));
+            }
+        }
+        Ok(received
+            .into_iter()
+            .enumerate()
+            .map(|(peer, (bytes, _))| (peer != rank).then_some(bytes))
+            .collect())
+    }
+}
+
+/// What ranks say when they give each other memory of `len` bytes, for the `number`th time.
+pub(super) fn offer(number: u64, len: usize) -> [u8; INTRODUCTION_BYTES] {
+    let mut bytes = [0; INTRODUCTION_BYTES];
+    bytes[..8].copy_from_slice(&MAGIC);
+    bytes[8..16].copy_from_slice(&number.to_le_bytes());
+    bytes[16..24].copy_from_slice(&(len as u64).to_le_bytes());
+    bytes
+}
+
+/// Takes the memory that another rank gives with the same `offer`, and maps it.
+///
+/// # Errors
+/// It offers something else, or the operating system's.
+pub(super) fn take_memory(
+    socket: BorrowedFd<'_>,
+    offer: &[u8; INTRODUCTION_BYTES],
+    len: usize,
+    deadline: Instant,
+) -> io::Result<SharedMemory> {
+    let (theirs, file) = receive_memory(socket, deadline)?;
+    if theirs != *offer {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "it allocates other memory at this point"));
+    }
+    SharedMemory::open(file, len)
+}
