@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, SamplingMode, Throughput};
-use paceline_collectives::dtype::{bf16, f16};
+use paceline_benches::{Buffer, sum_of};
 use paceline_collectives::kernels_for_benches::{Level, Reduction, Stores, copy};
 use paceline_collectives::{DType, ReduceOp};
 
@@ -62,12 +62,7 @@ fn bench_sum(
     world_size: usize,
     bytes: usize,
 ) {
-    let value = |rank: usize, i: usize| ((i * 7 + rank * 3) % 13) as i8 - 6;
-    let sources: Vec<Buffer> = (0..world_size)
-        .map(|rank| Buffer::of_elements(dtype, bytes, |i| i32::from(value(rank, i))))
-        .collect();
-    let sum = |i| (0..world_size).map(|rank| i32::from(value(rank, i))).sum();
-    let expected = Buffer::of_elements(dtype, bytes, sum);
+    let (sources, expected) = sum_of(dtype, world_size, bytes);
     let sources: Vec<&[u8]> = sources.iter().map(Buffer::bytes).collect();
     let mut output = Buffer::new(bytes, |_| 0);
     let mut reduction = Reduction::new(level, dtype, ReduceOp::Sum, world_size);
@@ -83,46 +78,4 @@ fn bench_sum(
 
 fn stores(bytes: usize) -> Stores {
     if bytes < STREAMING_BYTES { Stores::Cached } else { Stores::Streaming }
-}
-
-/// Bytes that start at a cache line, as the buffers of a back end do.
-struct Buffer {
-    storage: Vec<u8>,
-    start: usize,
-    len: usize,
-}
-
-impl Buffer {
-    fn new(len: usize, byte: impl Fn(usize) -> u8) -> Self {
-        let mut storage = vec![0; len + 64];
-        let start = storage.as_ptr().align_offset(64);
-        for (i, place) in storage[start..start + len].iter_mut().enumerate() {
-            *place = byte(i);
-        }
-        Self { storage, start, len }
-    }
-
-    /// Small integers, which every dtype holds and sums exactly.
-    fn of_elements(dtype: DType, len: usize, value: impl Fn(usize) -> i32) -> Self {
-        let mut buffer = Self::new(len, |_| 0);
-        for (i, element) in buffer.bytes_mut().chunks_exact_mut(dtype.size()).enumerate() {
-            let value = value(i);
-            match dtype {
-                DType::F32 => element.copy_from_slice(&(value as f32).to_ne_bytes()),
-                DType::F16 => element.copy_from_slice(&f16::from_f32(value as f32).to_ne_bytes()),
-                DType::BF16 => element.copy_from_slice(&bf16::from_f32(value as f32).to_ne_bytes()),
-                DType::I8 => element.copy_from_slice(&(value as i8).to_ne_bytes()),
-                other => unreachable!("{other} is not in the suite"),
-            }
-        }
-        buffer
-    }
-
-    fn bytes(&self) -> &[u8] {
-        &self.storage[self.start..self.start + self.len]
-    }
-
-    fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut self.storage[self.start..self.start + self.len]
-    }
 }

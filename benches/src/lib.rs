@@ -1,13 +1,15 @@
-//! What the criterion suites share: pairs of ranks whose collectives are timed together and checked.
+//! What the suites share: pairs of ranks whose collectives are timed together and checked, and sums with their results.
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use paceline_collectives::{Communicator, Config, Error};
+use paceline_collectives::dtype::{bf16, f16};
+use paceline_collectives::{Communicator, Config, DType, Error};
 use paceline_transport::identity::JobAuthority;
 use paceline_transport::mem;
 use paceline_transport::quic::{Endpoint, IoThread, Member, QuicTransport, Roster};
+use paceline_transport::shm::{self, Sharing};
 
 /// Two ranks in this process. Rank 0 is timed on the caller's thread; rank 1 does the same as often.
 pub struct Pair<S> {
@@ -87,6 +89,23 @@ pub fn over_mem() -> [Communicator; 2] {
     communicators.try_into().expect("two ranks")
 }
 
+/// Two communicators over shared memory, as two processes of one host have them.
+///
+/// # Panics
+/// If the machine has no shared memory or no Unix sockets.
+pub fn over_shm() -> [Communicator; 2] {
+    let threads = mem::group(2, 1, 1024 * 1024).into_iter().map(|transport| {
+        std::thread::spawn(move || {
+            let deadline = Instant::now() + Duration::from_secs(30);
+            let links = shm::upgrade(Box::new(transport), Sharing::Auto, deadline, &|| None)
+                .expect("both ranks are here");
+            assert!(links.segments().is_some(), "memory is not shared");
+            Communicator::new(links, Config::default()).expect("the defaults are right")
+        })
+    });
+    join(threads.collect())
+}
+
 /// Two communicators over QUIC on loopback, and the I/O threads that carry them.
 ///
 /// # Panics
@@ -111,8 +130,64 @@ pub fn over_quic() -> ([Communicator; 2], [IoThread; 2]) {
             Communicator::new(Box::new(transport), Config::default()).expect("the defaults are right")
         })
     });
-    let threads: Vec<JoinHandle<Communicator>> = threads.collect();
+    (join(threads.collect()), io)
+}
+
+fn join(threads: Vec<JoinHandle<Communicator>>) -> [Communicator; 2] {
     let communicators: Vec<Communicator> =
         threads.into_iter().map(|thread| thread.join().expect("forming a pair does not panic")).collect();
-    (communicators.try_into().expect("two ranks"), io)
+    communicators.try_into().expect("two ranks")
+}
+
+/// One source per rank, `bytes` bytes long, and the exact sum of them all.
+pub fn sum_of(dtype: DType, world_size: usize, bytes: usize) -> (Vec<Buffer>, Buffer) {
+    let value = |rank: usize, i: usize| ((i * 7 + rank * 3) % 13) as i32 - 6;
+    let sources = (0..world_size).map(|rank| Buffer::of_elements(dtype, bytes, |i| value(rank, i))).collect();
+    let sum = |i| (0..world_size).map(|rank| value(rank, i)).sum();
+    (sources, Buffer::of_elements(dtype, bytes, sum))
+}
+
+/// Bytes that start at a cache line, as the buffers of a back end do.
+pub struct Buffer {
+    storage: Vec<u8>,
+    start: usize,
+    len: usize,
+}
+
+impl Buffer {
+    /// `byte` of each index.
+    pub fn new(len: usize, byte: impl Fn(usize) -> u8) -> Self {
+        let mut storage = vec![0; len + 64];
+        let start = storage.as_ptr().align_offset(64);
+        for (i, place) in storage[start..start + len].iter_mut().enumerate() {
+            *place = byte(i);
+        }
+        Self { storage, start, len }
+    }
+
+    /// Small integers, which every dtype holds and sums exactly.
+    fn of_elements(dtype: DType, len: usize, value: impl Fn(usize) -> i32) -> Self {
+        let mut buffer = Self::new(len, |_| 0);
+        for (i, element) in buffer.bytes_mut().chunks_exact_mut(dtype.size()).enumerate() {
+            let value = value(i);
+            match dtype {
+                DType::F32 => element.copy_from_slice(&(value as f32).to_ne_bytes()),
+                DType::F16 => element.copy_from_slice(&f16::from_f32(value as f32).to_ne_bytes()),
+                DType::BF16 => element.copy_from_slice(&bf16::from_f32(value as f32).to_ne_bytes()),
+                DType::I8 => element.copy_from_slice(&(value as i8).to_ne_bytes()),
+                other => unreachable!("no suite sums {other}"),
+            }
+        }
+        buffer
+    }
+
+    /// All of them.
+    pub fn bytes(&self) -> &[u8] {
+        &self.storage[self.start..self.start + self.len]
+    }
+
+    /// All of them, to be written.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.storage[self.start..self.start + self.len]
+    }
 }

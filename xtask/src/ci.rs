@@ -2,7 +2,7 @@
 
 use crate::process::{self, cargo};
 use crate::step::{Budget, Report};
-use crate::{checks, demo, suites, torch};
+use crate::{checks, demo, instructions, suites, torch};
 use anyhow::Result;
 use std::time::Duration;
 
@@ -26,6 +26,7 @@ fn steps(report: &mut Report) -> Result<suites::Total> {
     report.step("clippy", Budget::minutes(6.0), clippy)?;
     report.step("documentation", Budget::minutes(5.0), documentation)?;
     let total = suites::steps(report)?;
+    instructions::steps(&instructions::Options::default(), report)?;
     demo::steps(&demo::Options::default(), report)?;
     report.step("tests with libtorch", Budget::minutes(3.0), tests_with_libtorch)?;
     report.step("tests that need root", Budget::minutes(1.0), |_| {

@@ -8,6 +8,7 @@ mod checks;
 mod ci;
 mod demo;
 mod environment;
+mod instructions;
 mod mutant;
 mod peers;
 mod process;
@@ -35,12 +36,14 @@ enum Task {
     Test,
     /// The tests of the tests alone: builds that are broken on purpose must fail
     Mutants,
-    /// What continuous integration runs: style, documentation, every test, the demo
+    /// What continuous integration runs: style, documentation, every test, instruction counts, the demo
     Ci,
     /// The checks of the source tree alone: unsafe code, links, configuration variables
     Check,
     /// Measure Paceline beside OpenMPI, MPICH and Gloo on this machine
     Peers(peers::Options),
+    /// Count the instructions of the hot path and compare them with benches/instructions.json
+    Instructions(instructions::Options),
     /// Print the environment that a build with the feature `tch` needs, in the shell's words
     TorchEnv,
 }
@@ -57,6 +60,7 @@ fn main() -> ExitCode {
         Task::Ci => ci::run(),
         Task::Check => checks::run(),
         Task::Peers(options) => peers::run(&options),
+        Task::Instructions(options) => instructions::run(&options),
         Task::TorchEnv => torch::print_environment(),
     };
     match outcome {
