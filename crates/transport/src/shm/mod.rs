@@ -41,7 +41,7 @@ use crate::{Error, Forming, Transport};
 
 /// How long after the end of a peer's process somebody may still say why it ended (its launcher, which
 /// knows the signal), or that it had left in order.
-const REASON_GRACE: Duration = Duration::from_millis(20);
+const REASON_GRACE: Duration = Duration::from_millis(10);
 
 /// How often a waiting rank looks at the links below and at its peers' sockets.
 const LOOK_INTERVAL: Duration = Duration::from_micros(500);
