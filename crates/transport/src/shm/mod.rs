@@ -66,8 +66,10 @@ pub enum Sharing {
 /// Every rank calls it, before anything else is sent. Blocks until all ranks have, until `deadline` at
 /// most, or until `give_up` has a reason: somebody has learnt that a rank will not come.
 ///
+/// A link that is lost meanwhile is for the first operation to report; memory is not shared then.
+///
 /// # Errors
-/// Those of the links, which are then gone; [`Error::GaveUp`] with the reason; [`Error::TimedOut`].
+/// [`Error::GaveUp`] with the reason, [`Error::TimedOut`]; the links are then gone.
 pub fn upgrade(
     mut links: Box<dyn Transport>,
     sharing: Sharing,
@@ -78,7 +80,13 @@ pub fn upgrade(
         return Ok(links);
     }
     let rank = links.rank();
-    let outcome = handshake::run(&mut *links, sharing == Sharing::Auto, deadline, give_up)?;
+    let outcome = match handshake::run(&mut *links, sharing == Sharing::Auto, deadline, give_up) {
+        Ok(outcome) => outcome,
+        // A rank that is done here may have failed or left already. Whoever is not done finds that out at its
+        // first operation, which names it, and hears why.
+        Err(error @ (Error::Lost { .. } | Error::Left { .. })) => Err(error.to_string()),
+        Err(error) => return Err(error),
+    };
     // What is sound on one rank and fails on another would deadlock, so a thread that cannot be
     // started is fatal here: the other ranks have been told that memory is shared.
     match outcome {
