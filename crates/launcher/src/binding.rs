@@ -1,7 +1,7 @@
 //! Which processors each rank runs on.
 //!
 //! Ranks that wait for each other by looking at memory must not share a processor while another is idle,
-//! and the kernel, which sees only that both are busy, may leave them together for seconds. So each rank
+//! and the kernel, which sees only that both are busy, may leave them together. So each rank
 //! gets an equal share of the processors where there are enough, as `mpirun` and torchrun's NUMA binding
 //! do it.
 

@@ -322,9 +322,9 @@ impl Stores {
     }
 }
 
-/// From here on copies are loops of ours. The C library's turn into `rep movsb` at 4 KiB, which copies what
-/// another core has just written at a third of the speed (AMD EPYC, Zen 5, in a virtual machine,
-/// 2026-11-24: an all_reduce of 1 MiB took 420 µs with it).
+/// From here on copies are loops of ours. The C library's turn into `rep movsb` at 4 KiB, in which perf saw
+/// 72 % of an all_reduce of 1 MiB (2 cores of an AMD EPYC, Zen 3, in a virtual machine, 2026-11-25: about
+/// 400 µs with it, 85 to 105 µs with this, on a noisy machine).
 const LONG_COPY_BYTES: usize = 2048;
 
 /// Copies bytes.

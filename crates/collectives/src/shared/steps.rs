@@ -12,7 +12,7 @@
 //! have published s + 2, and so have done with reading s + 1.
 //!
 //! Publishing is a store with release and seeing it a load with acquire; there is no other
-//! synchronisation. The loom model at the end of this file checks every interleaving of small groups
+//! synchronisation. The loom model at the end of this file checks thousands of interleavings of small groups
 //! for a byte that is read and written at once.
 
 /// Where steps are published: shared memory, or loom's atomics in the model.
@@ -140,7 +140,7 @@ mod model {
         let mut model = loom::model::Builder::new();
         // More switches than these between ready threads are not tried.
         model.preemption_bound = Some(preemptions);
-        // With two ranks all are tried; with three this is where it ends, after seconds instead of hours.
+        // Seconds instead of hours: the model is a sample, bounded here and by the preemptions.
         model.max_permutations = Some(20_000);
         // Waiting counts as branching.
         model.max_branches = 100_000;

@@ -86,8 +86,8 @@ impl Segments {
     /// Wakes the ranks that sleep, after something was published to all.
     ///
     /// There is no fence between what was published and the look at who sleeps: a rank that falls asleep
-    /// in the same few nanoseconds is missed, and finds out when its sleep, of milliseconds, ends. That
-    /// fence would cost a small collective a sixth of its time.
+    /// in the same few nanoseconds is missed, and finds out when its sleep, of milliseconds, ends. A
+    /// fence costs a small collective time at every call, a missed rank 2 ms at most.
     #[inline]
     pub fn wake_all(&self) {
         for peer in 0..self.memory.len() {
