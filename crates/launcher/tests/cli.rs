@@ -60,8 +60,10 @@ impl Launcher {
         let deadline = Instant::now() + LIMIT;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let line =
-                self.stdout.recv_timeout(left).unwrap_or_else(|e| panic!("no {text:?} on stdout: {e}"));
+            let line = self.stdout.recv_timeout(left).unwrap_or_else(|e| {
+                let seen = String::from_utf8_lossy(&self.seen);
+                panic!("no {text:?} on stdout: {e}; so far: {seen:?}\n{}", processes())
+            });
             self.seen.extend_from_slice(&line);
             let line = String::from_utf8_lossy(&line).into_owned();
             if line.contains(text) {
@@ -113,9 +115,18 @@ fn collect(lines: &Receiver<Vec<u8>>) -> Vec<u8> {
         match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             Ok(line) => all.extend(line),
             Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => return all,
-            Err(std::sync::mpsc::RecvTimeoutError::Timeout) => panic!("the launcher did not end in time"),
+            Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {
+                let text = String::from_utf8_lossy(&all);
+                panic!("the launcher did not end in time; so far: {text:?}\n{}", processes())
+            }
         }
     }
+}
+
+/// What runs on this machine, for the message of a test that has waited in vain.
+fn processes() -> String {
+    let listed = Command::new("ps").args(["-eo", "pid,ppid,pgid,stat,etimes,wchan:20,args"]).output();
+    listed.map_or_else(|e| format!("ps: {e}"), |out| String::from_utf8_lossy(&out.stdout).into_owned())
 }
 
 fn paceline(args: &[&str]) -> Command {
