@@ -50,6 +50,31 @@ impl<'a> Buffers<'a> {
         Self::Separate { input: bytemuck::cast_slice(input), output: bytemuck::cast_slice_mut(output) }
     }
 
+    /// The input, and the output from element `start` on, which has `size` bytes.
+    pub(crate) fn from_output(&mut self, start: usize, size: usize) -> Buffers<'_> {
+        match self {
+            Self::Separate { input, output } => {
+                Buffers::Separate { input, output: &mut output[start * size..] }
+            }
+            Self::InPlace { buffer, starts } => {
+                let starts = Starts { output: starts.output + start, ..*starts };
+                Buffers::InPlace { buffer, starts }
+            }
+        }
+    }
+
+    /// The output alone, for a step that replaces or completes it; both begin at elements of it.
+    pub(crate) fn within_output(&mut self, starts: Starts) -> Buffers<'_> {
+        match self {
+            Self::Separate { output, .. } => Buffers::InPlace { buffer: output, starts },
+            Self::InPlace { buffer, starts: own } => {
+                let of_output = |start| own.output + start;
+                let starts = Starts { input: of_output(starts.input), output: of_output(starts.output) };
+                Buffers::InPlace { buffer, starts }
+            }
+        }
+    }
+
     /// The same memory as addresses, for elements of `size` bytes.
     pub(crate) fn raw(&mut self, size: usize) -> RawBuffers<'_> {
         let (input, output) = match self {

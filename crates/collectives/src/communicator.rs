@@ -27,6 +27,10 @@ use crate::work::Work;
 const PROBE_ROUNDS: u32 = 6;
 const PROBE_CALLS: u32 = 4;
 
+/// The longest message that all ranks send to all others whole, in bytes that a rank sends: beyond it the
+/// second latency of an exchange by owners costs less than what it saves in bytes and sums.
+const ONE_SHOT_BYTES: usize = 64 * 1024;
+
 /// How a communicator works. Equal on all ranks, or the first operation is a mismatch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -93,6 +97,8 @@ pub struct Statistics {
     pub sent_bytes: u64,
     /// Bytes of elements taken from links.
     pub received_bytes: u64,
+    /// Those of `sent_bytes` that went to ranks which do not share memory with this one.
+    pub network_sent_bytes: u64,
 }
 
 /// The ranks of one epoch, as one of them sees them (NCCL: `ncclComm_t`, MPI: a communicator).
@@ -125,6 +131,7 @@ struct Counters {
     all_reduced_bytes: AtomicU64,
     sent_bytes: AtomicU64,
     received_bytes: AtomicU64,
+    network_sent_bytes: AtomicU64,
 }
 
 impl Communicator {
@@ -177,6 +184,7 @@ impl Communicator {
             all_reduced_bytes: read(&self.counters.all_reduced_bytes),
             sent_bytes: read(&self.counters.sent_bytes),
             received_bytes: read(&self.counters.received_bytes),
+            network_sent_bytes: read(&self.counters.network_sent_bytes),
         }
     }
 
@@ -187,7 +195,7 @@ impl Communicator {
     /// [`Error::Usage`] when the configured algorithm cannot keep the order.
     pub fn explain(&mut self, kind: Kind, dtype: DType, count: usize) -> Result<(String, String), Error> {
         let bytes = count.saturating_mul(dtype.size());
-        if let Some((name, why)) = self.progress.run(|engine| engine.explain_on_host(kind, bytes)) {
+        if let Some((name, why)) = self.progress.run(|engine| engine.explain(kind, dtype, bytes)) {
             return Ok((name.to_owned(), why));
         }
         let ring = self.prefers_ring(kind, count.saturating_mul(dtype.size()))?;
@@ -201,6 +209,9 @@ impl Communicator {
                 ("direct", "the algorithm is set to direct")
             }
             (_, true) => ("chain", "4 segments or more: each link carries the buffer once"),
+            (Kind::AllReduce(_), false) if self.goes_in_one_shot(bytes) => {
+                ("one-shot", "short: one latency, everything to everybody")
+            }
             (Kind::Broadcast { .. }, false) if self.world_size == 2 => ("direct", "there is one other rank"),
             (Kind::Broadcast { .. }, false) => ("direct", "less than 4 segments: one latency to each rank"),
             (Kind::Reduce { .. }, false) => ("direct", "every rank reduces its part, in the fixed order"),
@@ -221,8 +232,9 @@ impl Communicator {
             let reason = "collectives have been called already; tune before the first".to_owned();
             return Err(Error::Usage { operation: "tune", reason });
         }
-        let Some(untuned) =
-            self.progress.run(|engine| engine.host().filter(|host| host.can_probe).map(|host| host.tuning))
+        let Some(untuned) = self
+            .progress
+            .run(|engine| engine.host_of_all().filter(|host| host.can_probe).map(|host| host.tuning))
         else {
             return Ok(());
         };
@@ -768,6 +780,9 @@ impl Communicator {
     fn schedule<T: Element>(&self, kind: Kind, count: usize) -> Result<Schedule, Error> {
         let ring = self.prefers_ring(kind, count.saturating_mul(T::DTYPE.size()))?;
         Ok(match (kind, ring) {
+            (Kind::AllReduce(_), false) if self.goes_in_one_shot(count.saturating_mul(T::DTYPE.size())) => {
+                Schedule::AllReduceOneShot
+            }
             (Kind::AllReduce(_), false) => Schedule::AllReduceDirect,
             (Kind::AllReduce(_), true) => Schedule::AllReduceRing,
             (Kind::Reduce { root, .. }, false) => Schedule::ReduceDirect { root },
@@ -811,6 +826,12 @@ impl Communicator {
             // Direct exchange moves the same bytes with fewer latencies, in the fixed order.
             (Algorithm::Auto, _) => Ok(false),
         }
+    }
+
+    /// Whether an all_reduce is so short that one latency counts for more than its bytes.
+    fn goes_in_one_shot(&self, bytes: usize) -> bool {
+        let sent = bytes.saturating_mul(self.world_size - 1);
+        self.config.algorithm == Algorithm::Auto && sent <= ONE_SHOT_BYTES
     }
 
     fn run(&mut self, call: Call, buffers: Buffers<'_>) -> Result<(), Error> {
@@ -967,6 +988,7 @@ impl Call {
         }
         counters.sent_bytes.store(engine.sent_bytes, Ordering::Relaxed);
         counters.received_bytes.store(engine.received_bytes, Ordering::Relaxed);
+        counters.network_sent_bytes.store(engine.network_sent_bytes, Ordering::Relaxed);
         Ok(())
     }
 }
@@ -987,6 +1009,7 @@ fn code(schedule: Schedule) -> u8 {
         | Schedule::ReduceScatterRing
         | Schedule::AllGatherRing
         | Schedule::BroadcastChain { .. } => 2,
+        Schedule::AllReduceOneShot => 3,
         Schedule::Barrier | Schedule::SendTo { .. } | Schedule::ReceiveFrom { .. } => 0,
     }
 }

@@ -12,13 +12,15 @@ use paceline_transport::frame::{InFrame, OutFrame, Prefix};
 use paceline_transport::shm::{self, SharedMemory, Sharing};
 use paceline_transport::{self as transport, Transport};
 
-use crate::buffer::Buffers;
+use crate::buffer::{Buffers, Starts};
 use crate::control::{Cause, Control};
+use crate::dtype::{DType, ReduceOp};
 use crate::error::{Call, Error};
 use crate::fault::Fault;
 use crate::kernels::{Own, Reducer};
+use crate::levels::{Group, Levels};
 use crate::operation::{Kind, Operation};
-use crate::plan::{Local, Place, Plan, Round, Transfer};
+use crate::plan::{Local, Place, Plan, Round, Schedule, Transfer};
 use crate::shared::{Host, Waiter};
 
 /// How long a rank whose deadline has passed waits to hear who else is waiting, so that the rank
@@ -33,6 +35,10 @@ const LONGEST_PARK: Duration = Duration::from_millis(50);
 /// How long a failing rank waits for its last message, saying why, to be delivered.
 const ABORT_GRACE: Duration = Duration::from_millis(200);
 
+/// The longest all_reduce that every rank of a host sums for itself before hosts exchange it, in bytes; the
+/// slices of longer ones save more than their two additional steps inside the host cost.
+const SHORT_BYTES: usize = 16 * 1024;
+
 /// Past calls kept to say in a mismatch what this rank called under an older number.
 const HISTORY_LEN: usize = 64;
 
@@ -42,8 +48,12 @@ pub(crate) struct Engine {
     /// The head of each peer's next frame, as far as it has come; kept between operations.
     heads: Vec<InFrame>,
     fault: Arc<Fault>,
-    /// What runs collectives when all ranks share memory.
+    /// What runs collectives, or their part within this host, on memory that its ranks share.
     host: Option<Box<Host>>,
+    /// The ranks of this host, when there is such memory.
+    members: Vec<usize>,
+    /// When there are several hosts that all-reduces can go by.
+    levels: Option<Levels>,
     timeout: Duration,
     history: VecDeque<Operation>,
     /// The fatal error, once there is one.
@@ -55,6 +65,8 @@ pub(crate) struct Engine {
     /// Payload bytes handed to and taken from the links since the start.
     pub(crate) sent_bytes: u64,
     pub(crate) received_bytes: u64,
+    /// Those sent to ranks that do not share memory with this one.
+    pub(crate) network_sent_bytes: u64,
 }
 
 /// Whoever wants to know that the communicator has failed, and why.
@@ -78,6 +90,7 @@ struct Scratch {
 struct Running<'a> {
     watch: Watch,
     operation: Operation,
+    group: Group<'a>,
     buffers: Buffers<'a>,
     reducer: Option<Reducer>,
     /// Frames exchanged with each peer so far in this operation.
@@ -130,12 +143,16 @@ impl Engine {
     ) -> Self {
         let heads = (0..transport.world_size()).map(|_| InFrame::default()).collect();
         let segments = transport.segments().filter(|_| !forced);
+        let levels = segments.as_ref().and_then(|segments| Levels::of(transport.rank(), segments.hosts()));
+        let members = segments.as_ref().map_or_else(Vec::new, |segments| segments.members().to_vec());
         let host = segments.map(|segments| Box::new(Host::new(segments)));
         Self {
             transport,
             heads,
             fault,
             host,
+            members,
+            levels,
             timeout,
             history: VecDeque::with_capacity(HISTORY_LEN),
             failed: None,
@@ -144,6 +161,7 @@ impl Engine {
             round: Round::default(),
             sent_bytes: 0,
             received_bytes: 0,
+            network_sent_bytes: 0,
         }
     }
 
@@ -163,18 +181,77 @@ impl Engine {
             self.history.pop_front();
         }
         self.history.push_back(operation);
-        match self.host.take() {
-            Some(mut host) if operation.is_collective() => {
-                let outcome = self.run_on_host(&mut host, operation, plan, reducer, buffers);
-                self.host = Some(host);
+        self.dispatch(operation, plan, reducer, buffers).map_err(|error| self.fail(error))
+    }
+
+    fn dispatch(
+        &mut self,
+        operation: Operation,
+        plan: &Plan,
+        reducer: Option<Reducer>,
+        buffers: Buffers<'_>,
+    ) -> Result<(), Error> {
+        let whole = self.members.len() == self.transport.world_size();
+        let way = match operation.kind {
+            _ if !operation.is_collective() => Way::Links,
+            _ if whole => Way::Host,
+            Kind::AllReduce(op) if self.levels.is_some() && keeps_bits(operation.dtype) => Way::Levels(op),
+            _ => Way::Links,
+        };
+        let (Way::Host | Way::Levels(_), Some(mut host)) = (way, self.host.take_if(|_| way != Way::Links))
+        else {
+            return self.run_over_links(operation, plan, reducer, buffers);
+        };
+        let outcome = match (way, self.levels.take()) {
+            (Way::Levels(op), Some(levels)) => {
+                let outcome = self.run_in_levels(&mut host, &levels, (operation, op), buffers);
+                self.levels = Some(levels);
                 outcome
             }
-            host => {
-                self.host = host;
-                self.run_over_links(operation, plan, reducer, buffers)
+            (_, levels) => {
+                self.levels = levels;
+                self.run_on_host(&mut host, operation, plan, reducer, buffers)
             }
+        };
+        self.host = Some(host);
+        outcome
+    }
+
+    /// Runs an all_reduce inside the hosts and between them.
+    fn run_in_levels(
+        &mut self,
+        host: &mut Host,
+        levels: &Levels,
+        (operation, op): (Operation, ReduceOp),
+        mut buffers: Buffers<'_>,
+    ) -> Result<(), Error> {
+        let Levels { members, place, counterparts, host: own_host } = levels;
+        let Operation { dtype, count, segment_len, .. } = operation;
+        let (size, segment_len) = (dtype.size(), segment_len as usize);
+        let plan = |schedule, shares| Plan::new(schedule, members.len(), *place, shares, segment_len);
+        let inside = plan(Schedule::AllReduceDirect, count.into());
+        // A mean is one division, at the end.
+        let part_op = if op == ReduceOp::Avg { ReduceOp::Sum } else { op };
+        let reducer = || Some(Reducer::new(dtype, part_op, members.len()));
+        let between =
+            |schedule, len: usize| Plan::new(schedule, counterparts.len(), *own_host, len, segment_len);
+        let group = Group::Some { members: counterparts, place: *own_host };
+        let last = Some(Reducer::of_partials(dtype, op, counterparts.len(), self.transport.world_size()));
+        if count * size <= SHORT_BYTES {
+            self.run_on_host(host, operation, &inside, reducer(), buffers.from_output(0, size))?;
+            let plan = between(Schedule::AllReduceOneShot, count);
+            let sums = buffers.within_output(Starts::default());
+            return self.run_among(group, operation, &plan, last, sums);
         }
-        .map_err(|error| self.fail(error))
+        let (own, shares) = (inside.owned(*place), inside.owned_shares());
+        let scatter = plan(Schedule::ReduceScatterDirect, shares.clone());
+        self.run_on_host(host, operation, &scatter, reducer(), buffers.from_output(own.start, size))?;
+        let plan_between = between(Schedule::AllReduceDirect, own.len);
+        let slice = buffers.within_output(Starts { input: own.start, output: own.start });
+        self.run_among(group, operation, &plan_between, last, slice)?;
+        let gather = plan(Schedule::AllGatherDirect, shares);
+        let all = buffers.within_output(Starts { input: own.start, output: 0 });
+        self.run_on_host(host, operation, &gather, None, all)
     }
 
     /// Runs a collective through shared memory.
@@ -204,22 +281,54 @@ impl Engine {
         reducer: Option<Reducer>,
         buffers: Buffers<'_>,
     ) -> Result<(), Error> {
+        let group = Group::World { rank: self.transport.rank() };
+        self.run_among(group, operation, plan, reducer, buffers)
+    }
+
+    /// Runs a plan of a group of ranks.
+    fn run_among(
+        &mut self,
+        group: Group<'_>,
+        operation: Operation,
+        plan: &Plan,
+        reducer: Option<Reducer>,
+        buffers: Buffers<'_>,
+    ) -> Result<(), Error> {
         let world_size = self.transport.world_size();
         let watch = Watch::new(operation, self.timeout);
         let (frames_sent, frames_received) = (vec![0; world_size], vec![0; world_size]);
-        let mut running = Running { watch, operation, buffers, reducer, frames_sent, frames_received };
+        let mut running = Running { watch, operation, group, buffers, reducer, frames_sent, frames_received };
         self.run_rounds(plan, &mut running)
     }
 
-    /// Which way a collective with `bytes` bytes goes when all ranks share memory, and why; `None` when they
-    /// do not, and for messages.
-    pub(crate) fn explain_on_host(&self, kind: Kind, bytes: usize) -> Option<(&'static str, String)> {
-        self.host.as_ref()?.explain(kind, bytes)
+    /// Which way a collective with `bytes` bytes goes when ranks share memory, and why; `None` when they do
+    /// not, and for what goes over links.
+    pub(crate) fn explain(&self, kind: Kind, dtype: DType, bytes: usize) -> Option<(&'static str, String)> {
+        if self.members.len() == self.transport.world_size() {
+            return self.host.as_ref()?.explain(kind, bytes);
+        }
+        let levels =
+            self.levels.as_ref().filter(|_| matches!(kind, Kind::AllReduce(_)) && keeps_bits(dtype))?;
+        let (hosts, ranks) = (levels.counterparts.len(), levels.members.len());
+        Some(match bytes <= SHORT_BYTES {
+            true => {
+                ("levels", format!("{hosts} hosts of {ranks}: summed in each, then one step between them"))
+            }
+            false => {
+                ("levels", format!("{hosts} hosts of {ranks}: each rank takes a slice between the hosts"))
+            }
+        })
     }
 
-    /// The shared memory's collectives, when all ranks share memory.
+    /// The collectives of this host's shared memory, when it has some.
     pub(crate) fn host(&mut self) -> Option<&mut Host> {
         self.host.as_deref_mut()
+    }
+
+    /// The same, when all ranks are on this host.
+    pub(crate) fn host_of_all(&mut self) -> Option<&mut Host> {
+        let whole = self.members.len() == self.transport.world_size();
+        self.host.as_deref_mut().filter(|_| whole)
     }
 
     /// Registers memory of `bytes` bytes on every rank; returns this rank's. Every rank calls it.
@@ -233,9 +342,12 @@ impl Engine {
     ) -> Result<Arc<SharedMemory>, Error> {
         let deadline = Instant::now() + self.timeout;
         let rank = self.transport.rank();
-        let shared = match &mut self.host {
-            None => return Ok(Arc::new(memory)),
-            Some(host) => self.transport.share(memory, deadline).map(|all| host.table.add(rank, all)),
+        let place = self.members.iter().position(|&member| member == rank);
+        let shared = match (&mut self.host, place) {
+            (Some(host), Some(place)) => {
+                self.transport.share(memory, deadline).map(|all| host.table.add(place, all))
+            }
+            _ => return Ok(Arc::new(memory)),
         };
         shared.map_err(|error| {
             let error = self.link_error(error, &mut Watch::new(operation, self.timeout));
@@ -291,7 +403,7 @@ impl Engine {
     /// Forgets what has been called and moved so far.
     pub(crate) fn forget(&mut self) {
         self.history.clear();
-        (self.sent_bytes, self.received_bytes) = (0, 0);
+        (self.sent_bytes, self.received_bytes, self.network_sent_bytes) = (0, 0, 0);
     }
 
     /// Leaves in order; the engine is of no use afterwards.
@@ -304,6 +416,9 @@ impl Engine {
         let mut round = std::mem::take(&mut self.round);
         for index in 0..plan.rounds() {
             plan.round(index, &mut round);
+            for transfer in round.sends.iter_mut().chain(&mut round.receives) {
+                transfer.peer = running.group.member(transfer.peer);
+            }
             self.exchange(&round, running)?;
             for &local in &round.locals {
                 self.run_local(local, running);
@@ -374,6 +489,9 @@ impl Engine {
                 }
                 moved = true;
                 self.sent_bytes += sent as u64;
+                if !self.members.contains(&peer) {
+                    self.network_sent_bytes += sent as u64;
+                }
             }
         }
         Ok(moved)
@@ -505,7 +623,7 @@ impl Engine {
                 });
             }
         };
-        self.transport.wait(until.min(now + LONGEST_PARK));
+        self.transport.wait_for(waiting_for, until.min(now + LONGEST_PARK));
         Ok(())
     }
 
@@ -513,7 +631,8 @@ impl Engine {
     /// message that is waited for. Over links its next frame says so; here there is no frame.
     fn look_for_missed_message(&mut self, waiting_for: &[usize], watch: &mut Watch) -> Result<(), Error> {
         for &peer in waiting_for {
-            let ahead = self.host.as_ref().and_then(|host| host.ahead(peer));
+            let place = self.members.iter().position(|&member| member == peer);
+            let ahead = self.host.as_ref().zip(place).and_then(|(host, place)| host.ahead(place));
             let Some((theirs, _)) = ahead.and_then(|prefix| Operation::from_prefix(&prefix)) else {
                 continue;
             };
@@ -653,7 +772,7 @@ impl Engine {
     }
 
     fn run_local(&mut self, local: Local, running: &mut Running<'_>) {
-        let Running { operation, buffers, reducer, .. } = running;
+        let Running { operation, group, buffers, reducer, .. } = running;
         let size = operation.dtype.size();
         let scratch = &mut self.scratch;
         let kernels = |reducer| Option::as_mut(reducer).expect("an operation that reduces has its kernels");
@@ -666,15 +785,15 @@ impl Engine {
             Local::ReduceStaged { input, output_start } => {
                 let (own, output) = buffers.input_and_output(input, output_start, size);
                 let own = own.map_or(Own::InPlace, Own::Separate);
-                let staged = |peer| scratch.staged(peer, input.len * size);
-                kernels(reducer).reduce(self.transport.rank(), own, staged, output);
+                let staged = |number| scratch.staged(group.member(number), input.len * size);
+                kernels(reducer).reduce(group.rank(), own, staged, output);
             }
             Local::ReduceStagedAside { input } => {
                 let mut reduced = std::mem::take(&mut scratch.reduced);
                 let own = Own::Separate(buffers.input(input, size));
-                let staged = |peer| scratch.staged(peer, input.len * size);
+                let staged = |number| scratch.staged(group.member(number), input.len * size);
                 let output = &mut bytemuck::cast_slice_mut(&mut reduced)[..input.len * size];
-                kernels(reducer).reduce(self.transport.rank(), own, staged, output);
+                kernels(reducer).reduce(group.rank(), own, staged, output);
                 scratch.reduced = reduced;
             }
             Local::StartPartial { input } => {
@@ -689,6 +808,23 @@ impl Engine {
             }
         }
     }
+}
+
+/// How an operation is run.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// As its plan says, message by message.
+    Links,
+    /// By all ranks on shared memory.
+    Host,
+    /// Inside the hosts and between them.
+    Levels(ReduceOp),
+}
+
+/// Whether partial sums between hosts have the elements' own type. Those of 16-bit floats would be rounded
+/// twice, and other bits would come out than without hosts.
+fn keeps_bits(dtype: DType) -> bool {
+    dtype.accumulator() == dtype
 }
 
 /// Those of `waiting_for` whose stream stands at the head of a frame, not within a payload that would be
@@ -724,20 +860,22 @@ impl Waiter for HostWaiter<'_> {
 
     fn idle(&mut self, waiting_for: &[usize]) -> Result<(), Error> {
         let (engine, watch) = self.watch();
-        for &peer in waiting_for {
+        let waiting_for: Vec<usize> = waiting_for.iter().map(|&place| engine.members[place]).collect();
+        for &peer in &waiting_for {
             if let Err(error) = engine.transport.check(peer) {
                 return Err(engine.link_error(error, watch));
             }
         }
-        // Messages come over the links, collectives do not: a frame is due from nobody.
-        engine.idle(waiting_for, |_| false, watch)
+        // Messages come over the links, and this step of a collective does not: a frame is due from nobody.
+        engine.idle(&waiting_for, |_| false, watch)
     }
 
     fn end(&mut self) {
         self.engine.transport.wait_is_over();
     }
 
-    fn mismatch(&mut self, peer: usize, theirs: &Prefix) -> Error {
+    fn mismatch(&mut self, place: usize, theirs: &Prefix) -> Error {
+        let peer = self.engine.members[place];
         match Operation::from_prefix(theirs) {
             Some((theirs, _)) => self.engine.mismatch(peer, theirs, self.operation),
             None => {

@@ -35,6 +35,7 @@ mod engine;
 pub mod error;
 mod fault;
 mod kernels;
+mod levels;
 pub mod operation;
 pub mod plan;
 mod progress;

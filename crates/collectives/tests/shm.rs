@@ -1,5 +1,5 @@
 //! The behaviour list on shared memory: ranks are threads, whose handshake, segments and sockets are
-//! those of processes.
+//! those of processes. Once with all ranks on one host, once as if every two ranks were a host.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -9,7 +9,7 @@ use paceline_testing::ALL;
 use paceline_transport::mem;
 use paceline_transport::shm::{self, Sharing};
 
-fn run(name: &str) {
+fn run(name: &str, sharing: Sharing) {
     let behaviour = ALL.iter().find(|behaviour| behaviour.name == name).expect("the name is in the list");
     for &world_size in behaviour.world_sizes {
         let ranks: Vec<_> = mem::group(world_size, 1, 64 * 1024)
@@ -19,7 +19,7 @@ fn run(name: &str) {
                 let thread = thread::Builder::new().name(format!("rank {rank} of {world_size}"));
                 let part = move || {
                     let deadline = Instant::now() + Duration::from_secs(60);
-                    let links = shm::upgrade(Box::new(transport), Sharing::Auto, deadline, &|| None);
+                    let links = shm::upgrade(Box::new(transport), sharing, deadline, &|| None);
                     let links = links.expect("threads are on one host");
                     assert!(world_size == 1 || links.segments().is_some(), "memory is shared");
                     let config = (behaviour.config)();
@@ -39,12 +39,23 @@ fn run(name: &str) {
 
 macro_rules! on_shm {
     ($($name:ident)*) => {
-        $(
-            #[test]
-            fn $name() {
-                run(stringify!($name));
-            }
-        )*
+        mod one_host {
+            $(
+                #[test]
+                fn $name() {
+                    super::run(stringify!($name), super::Sharing::Auto);
+                }
+            )*
+        }
+
+        mod hosts_of_two {
+            $(
+                #[test]
+                fn $name() {
+                    super::run(stringify!($name), super::Sharing::WithinBlocks(2));
+                }
+            )*
+        }
 
         #[test]
         fn the_whole_list_runs_here() {

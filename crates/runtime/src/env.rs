@@ -132,8 +132,16 @@ pub fn collectives_config(lookup: impl Fn(&str) -> Option<String>) -> Result<Con
 /// # Errors
 /// [`Error::Environment`] for a value that makes no sense.
 pub fn sharing(lookup: impl Fn(&str) -> Option<String>) -> Result<Sharing, Error> {
-    let choices = [("auto", Sharing::Auto), ("off", Sharing::Off)];
-    Ok(choice(&lookup, SHARED_MEMORY, &choices)?.unwrap_or_default())
+    let Some(value) = lookup(SHARED_MEMORY) else { return Ok(Sharing::default()) };
+    let block = || value.trim().strip_prefix("blocks:")?.parse().ok().filter(|&len: &usize| len > 0);
+    match value.trim() {
+        "auto" => Ok(Sharing::Auto),
+        "off" => Ok(Sharing::Off),
+        _ => block().map(Sharing::WithinBlocks).ok_or_else(|| Error::Environment {
+            variable: SHARED_MEMORY,
+            reason: format!("`{value}` is none of auto, off, blocks:N"),
+        }),
+    }
 }
 
 /// The variable that carries the launcher's `--timeout` to the ranks.
@@ -263,7 +271,11 @@ mod tests {
         assert_eq!(set(SEGMENT_BYTES, "1024").map(|config| config.segment_bytes), Ok(1024));
         let shared = |value: &str| sharing(lookup(vec![(SHARED_MEMORY, value.to_owned())]));
         assert_eq!((sharing(|_| None), shared("off")), (Ok(Sharing::Auto), Ok(Sharing::Off)));
-        assert!(shared("yes").expect_err("nonsense").to_string().contains("none of auto, off"));
+        assert_eq!(shared("blocks:2"), Ok(Sharing::WithinBlocks(2)));
+        for nonsense in ["yes", "blocks:0", "blocks:", ""] {
+            let error = shared(nonsense).expect_err("nonsense").to_string();
+            assert!(error.contains("none of auto, off, blocks:N"), "{error}");
+        }
         for (variable, value) in
             [(TIMEOUT, "0"), (TIMEOUT, "nan"), (ALGORITHM, "tree"), (ORDER, ""), (SEGMENT_BYTES, "1")]
         {

@@ -101,6 +101,12 @@ pub trait Transport: Send + fmt::Debug {
     /// links and then waiting never sleeps through an event. Wake-ups may be spurious.
     fn wait(&mut self, until: Instant);
 
+    /// [`wait`](Transport::wait) for nothing but links to `peers`. Which ones makes a difference where links
+    /// are of two kinds. For no peer at all, as `wait`.
+    fn wait_for(&mut self, _peers: &[usize], until: Instant) {
+        self.wait(until);
+    }
+
     /// Passes a moment that is too short to park for, and says whether it did. A few µs after something
     /// last moved it answers `false`: then look for bad news and [`wait`](Transport::wait). Transports
     /// whose peers never answer within less time than a wake-up takes always answer `false`.
@@ -124,13 +130,13 @@ pub trait Transport: Send + fmt::Debug {
     /// its answer any more, but for the moment that [`abort`](Transport::abort) takes to tell it.
     fn give_up(&mut self, _peer: usize, _reason: &str) {}
 
-    /// The memory that all ranks share, when they do.
+    /// The memory that this rank shares with others of its host, when there are some.
     fn segments(&self) -> Option<Arc<Segments>> {
         None
     }
 
-    /// Gives `memory` to all other ranks and returns that of every rank, by rank. Every rank calls it
-    /// with as many bytes. Blocks.
+    /// Gives `memory` to all other ranks of this host and returns that of each, in their order. Every one of
+    /// them calls it with as many bytes. Blocks.
     ///
     /// # Errors
     /// [`Error::Usage`] when ranks do not share memory; [`Error::Lost`] with the rank that did not give

@@ -65,6 +65,9 @@ pub enum Stores {
 pub(crate) struct Reducer {
     kernels: Kernels,
     dtype: DType,
+    /// How many ranks contribute to a reduction.
+    contributions: usize,
+    /// What a mean is divided by.
     world_size: usize,
     /// The stack of partial results, a block of accumulators each. The words are storage for any
     /// accumulator type: 8 bytes aligned for the largest. Allocated when a block is first needed.
@@ -86,9 +89,16 @@ impl Reducer {
         Self::at(Level::detected(), dtype, op, world_size)
     }
 
+    /// The kernels for the last of two levels: `contributions` partial results are combined, of `world_size`
+    /// ranks together.
+    pub(crate) fn of_partials(dtype: DType, op: ReduceOp, contributions: usize, world_size: usize) -> Self {
+        Self { contributions, ..Self::new(dtype, op, world_size) }
+    }
+
     /// The kernels of a given level.
     pub(crate) fn at(level: Level, dtype: DType, op: ReduceOp, world_size: usize) -> Self {
-        Self { kernels: level.kernels(dtype, op), dtype, world_size, stack: Vec::new() }
+        let kernels = level.kernels(dtype, op);
+        Self { kernels, dtype, contributions: world_size, world_size, stack: Vec::new() }
     }
 
     /// Combines the contribution of every rank, in the tree order, and writes the result to `out`.
@@ -123,7 +133,7 @@ impl Reducer {
             assert_eq!(contribution.len(), bytes, "a contribution is as long as the result");
             contribution.as_ptr()
         };
-        let sources: Vec<*const u8> = (0..self.world_size)
+        let sources: Vec<*const u8> = (0..self.contributions)
             .map(|source| match own {
                 _ if source != rank => checked(staged(source)),
                 Own::Separate(own) => checked(own),
@@ -156,7 +166,7 @@ impl Reducer {
         bytes: usize,
         stores: Stores,
     ) {
-        assert_eq!(sources.len(), self.world_size, "every rank contributes");
+        assert_eq!(sources.len(), self.contributions, "every rank contributes");
         let count = bytes / self.dtype.size();
         if sources.len() <= FAN_IN {
             // SAFETY: the caller's promise. The level has been detected: `Level`.

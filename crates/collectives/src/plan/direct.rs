@@ -45,6 +45,16 @@ pub(super) fn reduce(plan: &Plan, index: usize, round: &mut Round) {
     });
 }
 
+/// One latency, for what is so short that reducing it everywhere costs less than a second one.
+pub(super) fn one_shot(plan: &Plan, index: usize, round: &mut Round) {
+    let segment = plan.segment(plan.whole(), index);
+    for peer in plan.peers() {
+        round.send(peer, Place::Input, segment);
+        round.receive(peer, Place::Staged, segment);
+    }
+    round.locals.push(Local::ReduceStaged { input: segment, output_start: segment.start });
+}
+
 /// As many as the longest piece to or from this rank has segments.
 pub(super) fn copy_rounds(plan: &Plan) -> usize {
     let pieces = (0..plan.world_size)

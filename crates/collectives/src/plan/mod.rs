@@ -12,6 +12,7 @@
 //! | schedule | rounds | bytes sent per rank, S bytes in all, n ranks | order of summation |
 //! |---|---|---|---|
 //! | direct all_reduce: every chunk goes to its owner, who reduces and sends it to all | segments + 1 | 2(n-1)/n S | tree over ranks |
+//! | one-shot all_reduce: everything to everybody, and everybody reduces | segments | (n-1) S | tree over ranks |
 //! | ring all_reduce (Patarasuk & Yuan, JPDC 69(2), 2009) | (2n-1) per segment | 2(n-1)/n S | around the ring |
 //! | direct, ring reduce_scatter; direct, ring all_gather | the halves of the above | (n-1)/n S | as above |
 //! | direct reduce: as all_reduce, but results go to the root only | segments + 1 | root: (n-1)/n S, others: S | tree over ranks |
@@ -154,6 +155,8 @@ impl Round {
 pub enum Schedule {
     /// len elements in and out on every rank; rank i reduces chunk i.
     AllReduceDirect,
+    /// The same in one step: every rank reduces everything.
+    AllReduceOneShot,
     /// The same around a ring.
     AllReduceRing,
     /// len elements in on every rank, len out on the root; rank i reduces chunk i for it.
@@ -273,6 +276,7 @@ impl Plan {
             | Schedule::Gather { .. }
             | Schedule::Scatter { .. }
             | Schedule::AllToAll => direct::copy_rounds(self),
+            Schedule::AllReduceOneShot => self.segments(self.whole().len),
             Schedule::AllReduceRing => self.segments(self.chunk(0).len) * ring::all_reduce_rounds(self),
             Schedule::ReduceScatterRing | Schedule::AllGatherRing => {
                 self.segments(self.shares.longest()) * self.world_size
@@ -290,6 +294,7 @@ impl Plan {
             Schedule::AllReduceDirect | Schedule::ReduceDirect { .. } | Schedule::ReduceScatterDirect => {
                 direct::reduce(self, index, round);
             }
+            Schedule::AllReduceOneShot => direct::one_shot(self, index, round),
             Schedule::AllReduceRing => ring::all_reduce(self, index, round),
             Schedule::ReduceChain { root } => ring::reduce(self, root, index, round),
             Schedule::ReduceScatterRing => ring::reduce_scatter(self, index, round),
@@ -347,6 +352,7 @@ impl Plan {
                 }
             }
             Schedule::AllReduceDirect
+            | Schedule::AllReduceOneShot
             | Schedule::AllReduceRing
             | Schedule::ReduceDirect { .. }
             | Schedule::ReduceChain { .. }
@@ -392,6 +398,7 @@ impl Plan {
             }
             Schedule::AllToAll => Some(self.shares.of_pair(self.world_size, from, to)),
             Schedule::AllReduceDirect
+            | Schedule::AllReduceOneShot
             | Schedule::AllReduceRing
             | Schedule::ReduceDirect { .. }
             | Schedule::ReduceChain { .. }
@@ -409,6 +416,7 @@ impl Plan {
     pub(crate) fn owned(&self, owner: usize) -> Span {
         match self.schedule {
             Schedule::AllReduceDirect
+            | Schedule::AllReduceOneShot
             | Schedule::AllReduceRing
             | Schedule::ReduceDirect { .. }
             | Schedule::ReduceChain { .. } => self.chunk(owner),
@@ -422,11 +430,17 @@ impl Plan {
     pub(crate) fn result(&self, owner: usize, to: usize) -> Option<Span> {
         let owned = self.owned(owner);
         match self.schedule {
-            Schedule::AllReduceDirect | Schedule::AllReduceRing => Some(owned),
+            Schedule::AllReduceDirect | Schedule::AllReduceOneShot | Schedule::AllReduceRing => Some(owned),
             Schedule::ReduceDirect { root } | Schedule::ReduceChain { root } => (to == root).then_some(owned),
             Schedule::ReduceScatterDirect | Schedule::ReduceScatterRing => (to == owner).then(|| owned.at(0)),
             _ => None,
         }
+    }
+
+    /// The parts that the ranks own, one after the other.
+    pub(crate) fn owned_shares(&self) -> Shares {
+        let lens: Vec<usize> = (0..self.world_size).map(|owner| self.owned(owner).len).collect();
+        Shares::by_rank(&lens).expect("together they are as long as a buffer")
     }
 
     /// All elements, where there is one length.

@@ -327,7 +327,7 @@ fn assert_reduced(schedule: Schedule, world_size: usize, value: &Expr, element: 
 fn all_reduce_combines_each_contribution_exactly_once_on_every_rank() {
     for in_place in [false, true] {
         exhaustively(
-            |_| vec![Schedule::AllReduceDirect, Schedule::AllReduceRing],
+            |_| vec![Schedule::AllReduceDirect, Schedule::AllReduceOneShot, Schedule::AllReduceRing],
             |_, len| len,
             |_, len| len,
             in_place,

@@ -142,7 +142,9 @@ impl Host {
                 let half = self.enter(call);
                 self.meet(half, call)
             }
-            Schedule::AllReduceDirect | Schedule::AllReduceRing => self.reduce(Wanted::ByAll, call),
+            Schedule::AllReduceDirect | Schedule::AllReduceOneShot | Schedule::AllReduceRing => {
+                self.reduce(Wanted::ByAll, call)
+            }
             Schedule::ReduceDirect { root } | Schedule::ReduceChain { root } => {
                 self.reduce(Wanted::By(root), call)
             }

@@ -6,9 +6,11 @@
 //!
 //! 1. Every rank listens at a name of its own and tells it to all others.
 //! 2. The higher rank of each pair connects and says over the link whether it could.
-//! 3. Both say who they are, with the other's token, and send their segment's descriptor.
-//! 4. Every rank tells all others whether it has all segments. Only if everybody has, memory is shared:
-//!    a choice that ranks make differently would deadlock them.
+//! 3. Every rank tells all others whom it could reach. Ranks that reach each other and nobody else are a
+//!    host, and all ranks know all hosts.
+//! 4. The ranks of a host say who they are, with the other's token, and send their segment's descriptor.
+//! 5. Every rank tells all others whether it has all segments of its host. Only a host on which everybody
+//!    has shares memory: a choice that ranks make differently would deadlock them.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -24,6 +26,7 @@ use rustix::net::{
 };
 use rustix::thread::{CpuSet, sched_getaffinity};
 
+use super::Sharing;
 use super::layout::{Layout, RANK_LIMIT};
 use super::memory::SharedMemory;
 use crate::{Error, Transport};
@@ -37,9 +40,13 @@ const INTRODUCTION_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What the ranks of one host have of each other.
 pub(super) struct Acquaintance {
-    /// By rank, this rank's own included.
+    /// The ranks of this host, in order. Their places here are the indices below.
+    pub(super) members: Vec<usize>,
+    /// For each rank of the world, the lowest rank of its host. Equal on all ranks.
+    pub(super) hosts: Vec<usize>,
+    /// This rank's own included.
     pub(super) memory: Vec<SharedMemory>,
-    /// By rank; `None` at this rank. Ends when the other process does.
+    /// `None` at this rank. Ends when the other process does.
     pub(super) sockets: Vec<Option<UnixStream>>,
     /// How many processors the ranks have together.
     pub(super) processors: usize,
@@ -48,7 +55,6 @@ pub(super) struct Acquaintance {
 /// A rank's own side of the handshake.
 struct Door {
     listener: UnixListener,
-    memory: SharedMemory,
     hello: Hello,
 }
 
@@ -70,47 +76,104 @@ const HELLO_BYTES: usize = 40 + PROCESSOR_BYTES;
 /// What is said through a Unix socket: magic, rank, the listener's or the caller's token.
 const INTRODUCTION_BYTES: usize = 32;
 
-/// Runs the handshake. `None`, with the reason in words, when the ranks do not all share a host; every
-/// rank gets the same answer.
+/// Runs the handshake. The reason in words, when no two ranks share a host; every rank gets the same
+/// answer. A rank that is alone on its host while others are not is a group of one.
 ///
 /// # Errors
 /// Those of the links, [`Error::GaveUp`] with what `give_up` says, [`Error::TimedOut`].
 pub(super) fn run(
     links: &mut dyn Transport,
-    willing: bool,
+    sharing: Sharing,
     deadline: Instant,
     give_up: &dyn Fn() -> Option<String>,
 ) -> Result<Result<Acquaintance, String>, Error> {
     let (rank, world_size) = (links.rank(), links.world_size());
     let mut link = Links { links, deadline, give_up };
-    let opened = match willing {
-        false => Err("shared memory is turned off".to_owned()),
-        true if world_size > RANK_LIMIT => Err(format!("there are more than {RANK_LIMIT} ranks")),
-        true => Door::open(world_size).map_err(|error| format!("this rank cannot share memory: {error}")),
+    let opened = match sharing {
+        Sharing::Off => Err("shared memory is turned off".to_owned()),
+        Sharing::Auto | Sharing::WithinBlocks(_) => {
+            Door::open().map_err(|error| format!("this rank cannot share memory: {error}"))
+        }
     };
     let own_hello = opened.as_ref().map_or(Hello::UNWILLING, |door| door.hello);
-    let hellos = link.exchange(|_| own_hello.to_bytes())?;
+    let hellos = link.exchange(|_| own_hello.to_bytes().to_vec())?;
     let hellos: Vec<Option<Hello>> = hellos.iter().map(|bytes| Hello::from_bytes(bytes.as_ref()?)).collect();
-    let door = match opened {
-        Ok(_) if (0..world_size).any(|peer| peer != rank && hellos[peer].is_none()) => {
-            return Ok(Err("a rank does not share memory".to_owned()));
-        }
-        Ok(door) => door,
-        Err(reason) => return Ok(Err(reason)),
-    };
-    let called: Vec<Option<UnixStream>> = (0..world_size)
-        .map(|peer| hellos[peer].filter(|_| peer < rank).and_then(|hello| hello.connect().ok()))
+    let near = |peer: usize| opened.is_ok() && sharing.allows(rank, peer);
+    let mut sockets: Vec<Option<UnixStream>> = (0..world_size)
+        .map(|peer| hellos[peer].filter(|_| peer < rank && near(peer)).and_then(|hello| hello.connect().ok()))
         .collect();
-    let answers = link.exchange(|peer| [u8::from(peer < rank && called[peer].is_some())])?;
-    let callers = (rank + 1..world_size).filter(|&peer| answers[peer] == Some([1])).count();
-    let outcome = door.introduce(rank, called, callers, &hellos);
-    let verdicts = link.exchange(|_| [u8::from(outcome.is_ok())])?;
-    let missing = (0..world_size).find(|&peer| peer != rank && verdicts[peer] != Some([1]));
-    Ok(match (outcome, missing) {
-        (Err(reason), _) => Err(reason),
-        (Ok(_), Some(peer)) => Err(format!("rank {peer} cannot reach all others through Unix sockets")),
-        (Ok(acquaintance), None) => Ok(acquaintance),
-    })
+    let answers = link.exchange(|peer| vec![u8::from(peer < rank && sockets[peer].is_some())])?;
+    let reached = |peer: usize| peer == rank || sockets[peer].is_some() || answers[peer] == Some(vec![1]);
+    let own_row = to_bits((0..world_size).map(reached));
+    let rows = link.exchange(|_| own_row.clone())?;
+    let rows: Vec<Vec<u8>> = rows.into_iter().map(|row| row.unwrap_or_else(|| own_row.clone())).collect();
+    let groups = groups(&rows);
+    let members = groups[rank].clone();
+    let outcome = match opened {
+        Ok(door) if members.len() > 1 => {
+            sockets
+                .iter_mut()
+                .enumerate()
+                .filter(|(peer, _)| !members.contains(peer))
+                .for_each(|(_, s)| *s = None);
+            door.introduce(rank, sockets, &members, &hellos).map(Some)
+        }
+        Ok(_) => Ok(None),
+        Err(reason) => Err(reason),
+    };
+    let verdicts = link.exchange(|_| vec![u8::from(outcome.is_ok())])?;
+    let fine = |peer: usize| if peer == rank { outcome.is_ok() } else { verdicts[peer] == Some(vec![1]) };
+    let shared: Vec<bool> =
+        groups.iter().map(|group| group.len() > 1 && group.iter().all(|&it| fine(it))).collect();
+    if !shared.contains(&true) {
+        return Ok(Err(match outcome {
+            Err(reason) => reason,
+            Ok(_) => match groups.iter().flatten().find(|&&peer| !fine(peer)) {
+                Some(peer) => format!("rank {peer} does not share memory"),
+                None => "no two ranks are on one host".to_owned(),
+            },
+        }));
+    }
+    let hosts = (0..world_size).map(|it| if shared[it] { groups[it][0] } else { it }).collect();
+    let met = match outcome {
+        Ok(Some(met)) if shared[rank] => met,
+        // What others share, this rank does not: it is its own host.
+        _ => alone(rank)
+            .map_err(|error| Error::Usage { reason: format!("cannot make shared memory: {error}") })?,
+    };
+    Ok(Ok(Acquaintance { hosts, ..met }))
+}
+
+/// What a rank has that is the only one on its host.
+fn alone(rank: usize) -> io::Result<Acquaintance> {
+    let memory = vec![SharedMemory::create(Layout::new(1).len())?];
+    let processors = own_processors().iter().map(|byte| byte.count_ones() as usize).sum();
+    Ok(Acquaintance { members: vec![rank], hosts: Vec::new(), memory, sockets: vec![None], processors })
+}
+
+/// A bit for each.
+fn to_bits(bits: impl Iterator<Item = bool>) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for (index, bit) in bits.enumerate() {
+        if index % 8 == 0 {
+            bytes.push(0);
+        }
+        *bytes.last_mut().expect("pushed before the first bit") |= u8::from(bit) << (index % 8);
+    }
+    bytes
+}
+
+/// The ranks of each rank's host, from what each could reach: those that reach each other and nobody else.
+/// A rank is alone if that is not so, or if there are too many of them.
+fn groups(rows: &[Vec<u8>]) -> Vec<Vec<usize>> {
+    let reaches = |from: usize, to: usize| rows[from][to / 8] >> (to % 8) & 1 == 1;
+    (0..rows.len())
+        .map(|rank| {
+            let members: Vec<usize> = (0..rows.len()).filter(|&peer| reaches(rank, peer)).collect();
+            let closed = members.contains(&rank) && members.iter().all(|&peer| rows[peer] == rows[rank]);
+            if closed && members.len() <= RANK_LIMIT { members } else { vec![rank] }
+        })
+        .collect()
 }
 
 /// What a rank would have whose peers all had its own segment, and a processor each.
@@ -118,11 +181,17 @@ pub(super) fn mirror_images(world_size: usize) -> io::Result<Acquaintance> {
     let own = SharedMemory::create(Layout::new(world_size).len())?;
     let again = |_| SharedMemory::open(own.file().try_clone_to_owned()?, own.len());
     let memory = (0..world_size).map(again).collect::<io::Result<_>>()?;
-    Ok(Acquaintance { memory, sockets: (0..world_size).map(|_| None).collect(), processors: world_size })
+    Ok(Acquaintance {
+        members: (0..world_size).collect(),
+        hosts: vec![0; world_size],
+        memory,
+        sockets: (0..world_size).map(|_| None).collect(),
+        processors: world_size,
+    })
 }
 
 impl Door {
-    fn open(world_size: usize) -> io::Result<Self> {
+    fn open() -> io::Result<Self> {
         let mut random = [0; 32];
         fill_random(&mut random)?;
         let (name, token) = random.split_at(16);
@@ -132,66 +201,73 @@ impl Door {
             processors: own_processors(),
         };
         let listener = UnixListener::bind_addr(&hello.addr()?)?;
-        Ok(Self { listener, memory: SharedMemory::create(Layout::new(world_size).len())?, hello })
+        Ok(Self { listener, hello })
     }
 
-    /// Meets every other rank: those in `called` were called by this one, `callers` others call.
+    /// Meets the other ranks of this host: those that this one has called, through `sockets`, and those that
+    /// call. The result knows nothing of other hosts.
     fn introduce(
         self,
         rank: usize,
-        called: Vec<Option<UnixStream>>,
-        callers: usize,
+        mut sockets: Vec<Option<UnixStream>>,
+        members: &[usize],
         hellos: &[Option<Hello>],
     ) -> Result<Acquaintance, String> {
         let world_size = hellos.len();
         let deadline = Instant::now() + INTRODUCTION_TIMEOUT;
-        let mut sockets = called;
+        let own = SharedMemory::create(Layout::new(members.len()).len());
+        let own = own.map_err(|error| format!("this rank has no memory to share: {error}"))?;
         let mut memory: Vec<Option<SharedMemory>> = (0..world_size).map(|_| None).collect();
+        let failed = |peer: usize, error: io::Error| format!("meeting rank {peer}: {error}");
         let say = |socket: &UnixStream, peer: usize| {
-            let token = hellos[peer].expect("all hellos have come").token;
-            send_memory(socket.as_fd(), &introduction(rank, &token), self.memory.file())
+            let token = hellos[peer].map_or([0; 16], |hello| hello.token);
+            send_memory(socket.as_fd(), &introduction(rank, &token), own.file())
         };
-        let hear = |socket: &UnixStream, deadline| -> io::Result<(usize, SharedMemory)> {
+        let hear = |socket: &UnixStream| -> io::Result<(usize, SharedMemory)> {
             let (bytes, file) = receive_memory(socket.as_fd(), deadline)?;
             let peer = introduced(&bytes, &self.hello.token, world_size)?;
-            Ok((peer, SharedMemory::open(file, self.memory.len())?))
+            Ok((peer, SharedMemory::open(file, own.len())?))
         };
         for (peer, socket) in sockets.iter().enumerate() {
             if let Some(socket) = socket {
-                say(socket, peer).map_err(|error| format!("meeting rank {peer}: {error}"))?;
+                say(socket, peer).map_err(|error| failed(peer, error))?;
             }
         }
-        let mut met = 0;
-        while met < callers {
+        let is_missing = |memory: &[Option<SharedMemory>], peer: usize| {
+            peer > rank && members.contains(&peer) && memory[peer].is_none()
+        };
+        while members.iter().any(|&peer| is_missing(&memory, peer)) {
             let socket =
                 accept(&self.listener, deadline).map_err(|error| format!("waiting for a rank: {error}"))?;
             // Whoever is turned away here has found a name that is in no list, or is not one of ours.
-            match hear(&socket, deadline) {
-                Ok((peer, theirs)) if peer > rank && memory[peer].is_none() => {
-                    say(&socket, peer).map_err(|error| format!("meeting rank {peer}: {error}"))?;
+            match hear(&socket) {
+                Ok((peer, theirs)) if is_missing(&memory, peer) => {
+                    say(&socket, peer).map_err(|error| failed(peer, error))?;
                     memory[peer] = Some(theirs);
                     sockets[peer] = Some(socket);
-                    met += 1;
                 }
                 Ok((peer, _)) => tracing::warn!(rank, peer, "refused a second caller on the Unix socket"),
                 Err(error) => tracing::warn!(rank, %error, "refused a caller on the Unix socket"),
             }
         }
-        for peer in 0..rank {
-            let Some(socket) = &sockets[peer] else { return Err(format!("rank {peer} is on another host")) };
-            let (named, theirs) =
-                hear(socket, deadline).map_err(|error| format!("meeting rank {peer}: {error}"))?;
+        for &peer in members.iter().filter(|&&peer| peer < rank) {
+            let socket = sockets[peer].as_ref().ok_or_else(|| format!("rank {peer} was not reached"))?;
+            let (named, theirs) = hear(socket).map_err(|error| failed(peer, error))?;
             if named != peer {
                 return Err(format!("rank {peer} says that it is rank {named}"));
             }
             memory[peer] = Some(theirs);
         }
-        let processors = count_processors(hellos.iter().flatten().chain([&self.hello]));
-        memory[rank] = Some(self.memory);
-        match memory.iter().position(Option::is_none) {
-            Some(peer) => Err(format!("rank {peer} is on another host")),
-            None => Ok(Acquaintance { memory: memory.into_iter().flatten().collect(), sockets, processors }),
-        }
+        let of_members = members.iter().filter_map(|&peer| hellos[peer].as_ref());
+        let processors = count_processors(of_members.chain([&self.hello]));
+        memory[rank] = Some(own);
+        Ok(Acquaintance {
+            members: members.to_vec(),
+            hosts: Vec::new(),
+            memory: members.iter().filter_map(|&peer| memory[peer].take()).collect(),
+            sockets: members.iter().map(|&peer| sockets[peer].take()).collect(),
+            processors,
+        })
     }
 }
 
@@ -208,7 +284,8 @@ impl Hello {
     }
 
     /// `None` for a rank that is unwilling, or of a release that shares memory in another way.
-    fn from_bytes(bytes: &[u8; HELLO_BYTES]) -> Option<Self> {
+    fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let bytes: &[u8; HELLO_BYTES] = bytes.try_into().ok()?;
         let hello = Self {
             name: bytes[8..24].try_into().expect("16 bytes"),
             token: bytes[24..40].try_into().expect("16 bytes"),
@@ -364,30 +441,31 @@ struct Links<'a> {
 }
 
 impl Links<'_> {
-    /// Sends some bytes to every peer and receives as many from each; `None` at this rank.
-    fn exchange<const N: usize>(
-        &mut self,
-        to: impl Fn(usize) -> [u8; N],
-    ) -> Result<Vec<Option<[u8; N]>>, Error> {
+    /// Sends some bytes to every peer and receives as many from each; `None` at this rank. All ranks send
+    /// as many to everybody.
+    fn exchange(&mut self, to: impl Fn(usize) -> Vec<u8>) -> Result<Vec<Option<Vec<u8>>>, Error> {
         let (rank, world_size) = (self.links.rank(), self.links.world_size());
         let started = Instant::now();
+        let outgoing: Vec<Vec<u8>> = (0..world_size).map(to).collect();
+        let len = outgoing[rank].len();
         let mut sent = vec![0; world_size];
-        let mut received = vec![([0; N], 0); world_size];
-        (sent[rank], received[rank].1) = (N, N);
+        let mut received = vec![(vec![0; len], 0); world_size];
+        (sent[rank], received[rank].1) = (len, len);
         loop {
             let mut moved = false;
             for peer in (0..world_size).filter(|&peer| peer != rank) {
-                if sent[peer] < N {
-                    let count = self.links.try_send(peer, &[io::IoSlice::new(&to(peer)[sent[peer]..])])?;
+                if sent[peer] < len {
+                    let count =
+                        self.links.try_send(peer, &[io::IoSlice::new(&outgoing[peer][sent[peer]..])])?;
                     (sent[peer], moved) = (sent[peer] + count, moved | (count > 0));
                 }
                 let (bytes, filled) = &mut received[peer];
-                if *filled < N {
+                if *filled < len {
                     let count = self.links.try_recv(peer, &mut bytes[*filled..])?;
                     (*filled, moved) = (*filled + count, moved | (count > 0));
                 }
             }
-            let open = |peer: &usize| sent[*peer] < N || received[*peer].1 < N;
+            let open = |peer: &usize| sent[*peer] < len || received[*peer].1 < len;
             let Some(peer) = (0..world_size).find(open) else { break };
             let now = Instant::now();
             if let Some(reason) = (self.give_up)() {
@@ -434,4 +512,33 @@ pub(super) fn take_memory(
         return Err(io::Error::new(io::ErrorKind::InvalidData, "it allocates other memory at this point"));
     }
     SharedMemory::open(file, len)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rows(reached: &[&[usize]]) -> Vec<Vec<u8>> {
+        reached.iter().map(|row| to_bits((0..reached.len()).map(|peer| row.contains(&peer)))).collect()
+    }
+
+    #[test]
+    fn a_host_is_ranks_that_reach_each_other_and_nobody_else() {
+        let found = groups(&rows(&[&[0, 2], &[1, 3], &[0, 2], &[1, 3]]));
+        assert_eq!(found, [vec![0, 2], vec![1, 3], vec![0, 2], vec![1, 3]]);
+        // Rank 1 reaches both others, which do not reach each other: nobody shares.
+        let found = groups(&rows(&[&[0, 1], &[0, 1, 2], &[1, 2]]));
+        assert_eq!(found, [[0], [1], [2]]);
+        // Rank 2 says that it reaches rank 0, which knows nothing of it.
+        let found = groups(&rows(&[&[0, 1], &[0, 1], &[0, 2]]));
+        assert_eq!(found, [vec![0, 1], vec![0, 1], vec![2]]);
+        assert_eq!(groups(&rows(&[&[], &[1]])), [[0], [1]], "a rank that does not even name itself");
+    }
+
+    #[test]
+    fn more_ranks_than_a_host_may_have_share_nothing() {
+        let all: Vec<usize> = (0..=RANK_LIMIT).collect();
+        let found = groups(&rows(&vec![all.as_slice(); RANK_LIMIT + 1]));
+        assert!(found.iter().enumerate().all(|(rank, group)| *group == [rank]));
+    }
 }

@@ -1,10 +1,10 @@
 //! Links through memory that the ranks of one host share.
 //!
 //! [`upgrade`] takes links that exist (QUIC between processes, channels between threads) and finds out
-//! whether all their ranks are on one host. If so, bytes no longer travel over those links but through
+//! which of their ranks are on one host. Between those bytes no longer travel over the links but through
 //! rings in shared memory, and the collectives get a [board](Segments::board) each for what is faster
 //! than a stream of bytes. The links stay: control messages, the goodbye and the reason of a failure go
-//! over them.
+//! over them, and all bytes to ranks of other hosts.
 //!
 //! Nobody has to poll for the death of a peer: its Unix socket ends with its process, and a
 //! heartbeat notices one that lives and does not run. Both are looked at only when nothing
@@ -49,19 +49,36 @@ const LOOK_INTERVAL: Duration = Duration::from_micros(500);
 /// Between two looks at a peer whose memory is waited for. Its answer, or its death, ends the wait anyhow.
 const SOCKET_WAIT: Duration = Duration::from_millis(20);
 
+/// The longest sleep of a rank that waits for ranks of this host and of others: the former's bell does not
+/// end a wait for the network.
+const MIXED_WAIT: Duration = Duration::from_micros(500);
+
 /// Whether ranks of one host share memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Sharing {
-    /// If all ranks are on one host and none objects.
+    /// Those that are on one host and do not object.
     #[default]
     Auto,
+    /// Only within each block of so many ranks, as if every block were a host; for tests and comparisons.
+    WithinBlocks(usize),
     /// Never; for comparison, or where the memory cannot be spared.
     Off,
 }
 
-/// Finds out whether all ranks of `links` are on one host, and if so returns links through shared
-/// memory; otherwise the links as they were, ready for use.
+impl Sharing {
+    /// Whether two ranks may try.
+    fn allows(self, one: usize, other: usize) -> bool {
+        match self {
+            Self::Off => false,
+            Self::Auto => true,
+            Self::WithinBlocks(len) => one / len.max(1) == other / len.max(1),
+        }
+    }
+}
+
+/// Finds out which ranks of `links` are on one host, and returns links that go through shared memory
+/// between those; the links as they were, ready for use, when no two are.
 ///
 /// Every rank calls it, before anything else is sent. Blocks until all ranks have, until `deadline` at
 /// most, or until `give_up` has a reason: somebody has learnt that a rank will not come.
@@ -80,7 +97,7 @@ pub fn upgrade(
         return Ok(links);
     }
     let rank = links.rank();
-    let outcome = match handshake::run(&mut *links, sharing == Sharing::Auto, deadline, give_up) {
+    let outcome = match handshake::run(&mut *links, sharing, deadline, give_up) {
         Ok(outcome) => outcome,
         // A rank that is done here may have failed or left already. Whoever is not done finds that out at its
         // first operation, which names it, and hears why.
@@ -112,18 +129,20 @@ pub fn mirrored(links: Box<dyn Transport>) -> Result<Box<dyn Transport>, Error> 
     Ok(Box::new(ShmTransport::new(links, acquaintance)?))
 }
 
-/// One rank's links to all other ranks of its host.
+/// One rank's links to all other ranks, those of its host through shared memory.
 #[derive(Debug)]
 struct ShmTransport {
     links: Box<dyn Transport>,
     segments: Arc<Segments>,
-    /// By rank; `None` at this rank.
+    /// For each rank of the world, its place in the segments; `None` on another host.
+    places: Vec<Option<usize>>,
+    /// By place; `None` at this rank.
     sockets: Vec<Option<UnixStream>>,
     heartbeat: Heartbeat,
     waiting: Waiting,
-    /// How each link ended, as far as was seen when last looked.
+    /// By rank of the world: how each link through memory ended, as far as was seen when last looked.
     ends: Vec<Option<Error>>,
-    /// Since when each peer's process is known to have ended.
+    /// By place: since when each peer's process is known to have ended.
     gone_since: Vec<Option<Instant>>,
     looked_at: Option<Instant>,
     /// Memory handed out so far by `share`.
@@ -134,7 +153,10 @@ struct ShmTransport {
 impl ShmTransport {
     fn new(links: Box<dyn Transport>, acquaintance: Acquaintance) -> Result<Self, Error> {
         let world_size = links.world_size();
-        let segments = Arc::new(Segments::new(links.rank(), acquaintance.memory, acquaintance.processors));
+        let Acquaintance { members, hosts, memory, sockets, processors } = acquaintance;
+        let places = (0..world_size).map(|rank| members.iter().position(|&member| member == rank)).collect();
+        let gone_since = vec![None; members.len()];
+        let segments = Arc::new(Segments::new(links.rank(), members, hosts, memory, processors));
         let heartbeat = Heartbeat::start(segments.clone()).map_err(|error| Error::Usage {
             reason: format!("cannot start the heartbeat's thread: {error}"),
         })?;
@@ -143,10 +165,11 @@ impl ShmTransport {
             waiting: Waiting::new(&segments),
             links,
             segments,
-            sockets: acquaintance.sockets,
+            places,
+            sockets,
             heartbeat,
             ends: vec![None; world_size],
-            gone_since: vec![None; world_size],
+            gone_since,
             looked_at: None,
             shared: 0,
             waker,
@@ -160,24 +183,25 @@ impl ShmTransport {
         }
         self.looked_at = Some(now);
         self.look_at_sockets(now);
-        for peer in 0..self.ends.len() {
-            if peer != self.segments.rank() && self.ends[peer].is_none() {
-                self.ends[peer] = self.end_of(peer, now);
+        for place in 0..self.sockets.len() {
+            let peer = self.segments.members()[place];
+            if place != self.segments.rank() && self.ends[peer].is_none() {
+                self.ends[peer] = self.end_of(peer, place, now);
             }
         }
     }
 
-    fn end_of(&mut self, peer: usize, now: Instant) -> Option<Error> {
+    fn end_of(&mut self, peer: usize, place: usize, now: Instant) -> Option<Error> {
         let lost = |reason: String| Some(Error::Lost { peer, reason });
         match self.links.try_recv(peer, &mut [0]) {
             Ok(0) => {}
             Ok(_) => return lost("it sent bytes beside the shared memory".to_owned()),
             Err(end) => return Some(end),
         }
-        if self.gone_since[peer].is_some_and(|since| now >= since + REASON_GRACE) {
+        if self.gone_since[place].is_some_and(|since| now >= since + REASON_GRACE) {
             return lost("its process has ended".to_owned());
         }
-        let silence = self.heartbeat.silence(peer)?;
+        let silence = self.heartbeat.silence(place)?;
         lost(format!("its process has not run for {} s", silence.as_secs_f64()))
     }
 
@@ -185,32 +209,33 @@ impl ShmTransport {
     fn look_at_sockets(&mut self, now: Instant) {
         // `IN` is not asked for: only the hang-up counts, and it is always reported.
         let open: Vec<usize> = (0..self.sockets.len())
-            .filter(|&peer| self.sockets[peer].is_some() && self.gone_since[peer].is_none())
+            .filter(|&place| self.sockets[place].is_some() && self.gone_since[place].is_none())
             .collect();
-        let of = |&peer: &usize| self.sockets[peer].as_ref().expect("only open sockets are listed").as_fd();
+        let of = |&place: &usize| self.sockets[place].as_ref().expect("only open sockets are listed").as_fd();
         let mut files: Vec<PollFd<'_>> =
-            open.iter().map(|peer| PollFd::from_borrowed_fd(of(peer), PollFlags::empty())).collect();
+            open.iter().map(|place| PollFd::from_borrowed_fd(of(place), PollFlags::empty())).collect();
         if poll(&mut files, Some(&Timespec::default())).is_ok_and(|count| count > 0) {
             let gone: Vec<bool> = files.iter().map(|file| !file.revents().is_empty()).collect();
-            for (&peer, _) in open.iter().zip(gone).filter(|(_, gone)| *gone) {
-                self.gone_since[peer] = Some(now);
+            for (&place, _) in open.iter().zip(gone).filter(|(_, gone)| *gone) {
+                self.gone_since[place] = Some(now);
             }
         }
     }
 
-    fn socket(&self, peer: usize) -> BorrowedFd<'_> {
-        self.sockets[peer].as_ref().expect("a rank has no socket to itself").as_fd()
+    fn socket(&self, place: usize) -> BorrowedFd<'_> {
+        self.sockets[place].as_ref().expect("a rank has no socket to itself").as_fd()
     }
 
-    /// Waits until `peer` has said something through its socket, or will not any more: it was frozen, or
-    /// gave up and lives on.
-    fn wait_for_socket(&mut self, peer: usize, deadline: Instant) -> Result<(), Error> {
+    /// Waits until the rank at `place` has said something through its socket, or will not any more: it was
+    /// frozen, or gave up and lives on.
+    fn wait_for_socket(&mut self, place: usize, deadline: Instant) -> Result<(), Error> {
+        let peer = self.segments.members()[place];
         loop {
             // Seen before the look at the socket: what was said before the end is there then.
             self.look(Instant::now());
             let end = self.end(peer);
             let next_look = deadline.min(Instant::now() + SOCKET_WAIT);
-            match (handshake::readable(self.socket(peer), next_look), end) {
+            match (handshake::readable(self.socket(place), next_look), end) {
                 (Ok(()), _) => return Ok(()),
                 (Err(_), Err(end)) => return Err(end),
                 (Err(error), Ok(_)) if Instant::now() >= deadline => {
@@ -221,6 +246,11 @@ impl ShmTransport {
         }
     }
 
+    /// Whether all ranks are on this host.
+    fn is_whole(&self) -> bool {
+        self.sockets.len() == self.places.len()
+    }
+
     fn end(&self, peer: usize) -> Result<usize, Error> {
         self.ends[peer].clone().map_or(Ok(0), Err)
     }
@@ -228,15 +258,21 @@ impl ShmTransport {
 
 impl Transport for ShmTransport {
     fn name(&self) -> &'static str {
-        "shm"
+        match self.links.name() {
+            _ if self.is_whole() => "shm",
+            "quic" => "shm+quic",
+            "tls" => "shm+tls",
+            "mem" => "shm+mem",
+            _ => "shm+links",
+        }
     }
 
     fn rank(&self) -> usize {
-        self.segments.rank()
+        self.links.rank()
     }
 
     fn world_size(&self) -> usize {
-        self.segments.world_size()
+        self.places.len()
     }
 
     fn epoch(&self) -> u64 {
@@ -244,8 +280,9 @@ impl Transport for ShmTransport {
     }
 
     fn try_send(&mut self, to: usize, parts: &[IoSlice<'_>]) -> Result<usize, Error> {
+        let Some(place) = self.places[to] else { return self.links.try_send(to, parts) };
         self.end(to)?;
-        let ring = self.segments.ring_to(to);
+        let ring = self.segments.ring_to(place);
         let mut sent = 0;
         for part in parts {
             let count = ring.put(part);
@@ -255,19 +292,26 @@ impl Transport for ShmTransport {
             }
         }
         if sent > 0 {
-            self.segments.wake(to);
+            self.segments.wake(place);
             self.waiting.end(&self.segments);
         }
         Ok(sent)
     }
 
     fn try_recv(&mut self, from: usize, into: &mut [u8]) -> Result<usize, Error> {
+        let Some(place) = self.places[from] else {
+            let count = self.links.try_recv(from, into)?;
+            if count > 0 {
+                self.waiting.end(&self.segments);
+            }
+            return Ok(count);
+        };
         // First what is in the ring: it was put there before the link ended.
-        match self.segments.ring_from(from).take(into) {
+        match self.segments.ring_from(place).take(into) {
             0 if into.is_empty() => Ok(0),
             0 => self.end(from),
             count => {
-                self.segments.wake(from);
+                self.segments.wake(place);
                 self.waiting.end(&self.segments);
                 Ok(count)
             }
@@ -283,17 +327,39 @@ impl Transport for ShmTransport {
     }
 
     fn spin(&mut self) -> bool {
-        self.waiting.spin()
+        // Both: whoever waits for other hosts may have to move their bytes itself.
+        let links = !self.is_whole() && self.links.spin();
+        self.waiting.spin() || links
     }
 
     fn wait_is_over(&mut self) {
         self.waiting.end(&self.segments);
+        if !self.is_whole() {
+            self.links.wait_is_over();
+        }
     }
 
     fn wait(&mut self, until: Instant) {
         let now = Instant::now();
         self.look(now);
-        self.waiting.pass(&self.segments, until.saturating_duration_since(now));
+        match self.is_whole() {
+            true => self.waiting.pass(&self.segments, until.saturating_duration_since(now)),
+            false => self.links.wait(until.min(now + MIXED_WAIT)),
+        }
+    }
+
+    fn wait_for(&mut self, peers: &[usize], until: Instant) {
+        let here = |&peer: &usize| self.places[peer].is_some();
+        if self.is_whole() || (!peers.is_empty() && peers.iter().all(here)) {
+            let now = Instant::now();
+            self.look(now);
+            self.waiting.pass(&self.segments, until.saturating_duration_since(now));
+        } else if peers.iter().any(here) {
+            self.wait(until);
+        } else {
+            self.look(Instant::now());
+            self.links.wait_for(peers, until);
+        }
     }
 
     fn waker(&self) -> Waker {
@@ -301,6 +367,9 @@ impl Transport for ShmTransport {
     }
 
     fn check(&mut self, peer: usize) -> Result<(), Error> {
+        if self.places[peer].is_none() {
+            return self.links.check(peer);
+        }
         self.end(peer).map(|_| ())
     }
 
@@ -321,24 +390,26 @@ impl Transport for ShmTransport {
 
     fn share(&mut self, memory: SharedMemory, deadline: Instant) -> Result<Vec<SharedMemory>, Error> {
         self.shared += 1;
-        let (rank, len) = (self.rank(), memory.len());
+        let (own_place, len) = (self.segments.rank(), memory.len());
         let offer = handshake::offer(self.shared, len);
-        let lost = |peer, error: io::Error| Error::Lost { peer, reason: error.to_string() };
-        for (peer, socket) in self.sockets.iter().enumerate() {
+        let members = self.segments.members().to_vec();
+        let lost =
+            |place: usize, error: io::Error| Error::Lost { peer: members[place], reason: error.to_string() };
+        for (place, socket) in self.sockets.iter().enumerate() {
             if let Some(socket) = socket {
                 handshake::send_memory(socket.as_fd(), &offer, memory.file())
-                    .map_err(|error| lost(peer, error))?;
+                    .map_err(|error| lost(place, error))?;
             }
         }
         let mut own = Some(memory);
-        (0..self.world_size())
-            .map(|peer| {
-                if peer == rank {
+        (0..members.len())
+            .map(|place| {
+                if place == own_place {
                     return Ok(own.take().expect("this rank comes once"));
                 }
-                self.wait_for_socket(peer, deadline)?;
-                handshake::take_memory(self.socket(peer), &offer, len, deadline)
-                    .map_err(|error| lost(peer, error))
+                self.wait_for_socket(place, deadline)?;
+                handshake::take_memory(self.socket(place), &offer, len, deadline)
+                    .map_err(|error| lost(place, error))
             })
             .collect()
     }

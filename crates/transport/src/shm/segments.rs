@@ -26,32 +26,54 @@ const DEFAULT_CACHE_BYTES: usize = 16 * 1024 * 1024;
 /// One segment per rank, in the layout that all ranks agree on.
 #[derive(Debug)]
 pub struct Segments {
+    /// This rank's place among the members.
     rank: usize,
+    members: Vec<usize>,
+    hosts: Vec<usize>,
     /// How many processors the ranks have together.
     processors: usize,
     layout: Layout,
-    /// By rank.
+    /// By place.
     memory: Vec<SharedMemory>,
 }
 
 impl Segments {
-    pub(super) fn new(rank: usize, memory: Vec<SharedMemory>, processors: usize) -> Self {
+    /// The segments of `members`, ranks of the world in order, `rank` among them; `hosts` has the lowest rank
+    /// of the host of each rank of the world.
+    pub(super) fn new(
+        rank: usize,
+        members: Vec<usize>,
+        hosts: Vec<usize>,
+        memory: Vec<SharedMemory>,
+        processors: usize,
+    ) -> Self {
         let layout = Layout::new(memory.len());
+        let rank = members.iter().position(|&member| member == rank).expect("a rank is of its own host");
         assert!(
             memory.iter().all(|memory| memory.len() == layout.len()),
             "the handshake agrees on the length"
         );
-        Self { rank, processors, layout, memory }
+        Self { rank, members, hosts, processors, layout, memory }
     }
 
-    /// This process's rank.
+    /// This process's place among the ranks of its host, by which everything here is told apart.
     pub fn rank(&self) -> usize {
         self.rank
     }
 
-    /// The number of ranks.
+    /// The number of ranks of this host.
     pub fn world_size(&self) -> usize {
         self.memory.len()
+    }
+
+    /// The ranks of this host by their numbers in the world, in order.
+    pub fn members(&self) -> &[usize] {
+        &self.members
+    }
+
+    /// For each rank of the world, the lowest rank of its host. Equal on all ranks.
+    pub fn hosts(&self) -> &[usize] {
+        &self.hosts
     }
 
     /// Whether every rank can have a processor of its own. A rank that waits may then spin.
