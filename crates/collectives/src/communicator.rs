@@ -15,6 +15,7 @@ use crate::engine::Engine;
 use crate::error::Error;
 use crate::fault::{Fault, Interrupter};
 use crate::kernels::{self, Reducer};
+use crate::network::{self, Broadcast, Link, Links, Network};
 use crate::operation::{self, Kind, Operation};
 use crate::plan::{Plan, Schedule, Shares};
 use crate::progress::Progress;
@@ -27,9 +28,10 @@ use crate::work::Work;
 const PROBE_ROUNDS: u32 = 6;
 const PROBE_CALLS: u32 = 4;
 
-/// The longest message that all ranks send to all others whole, in bytes that a rank sends: beyond it the
-/// second latency of an exchange by owners costs less than what it saves in bytes and sums.
-const ONE_SHOT_BYTES: usize = 64 * 1024;
+/// How often the probe of a link goes there and back, and how much it then carries each way. Enough to tell a
+/// rate of 10 GB/s from one of 1; on a link of 50 ms it is the latency that takes the time, 0.3 s for each.
+const LINK_ROUND_TRIPS: u32 = 3;
+const LINK_PROBE_BYTES: usize = 256 * 1024;
 
 /// How a communicator works. Equal on all ranks, or the first operation is a mismatch.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -123,6 +125,8 @@ pub struct Communicator {
     issued: u64,
     /// Tells it from other communicators of the same epoch; 0 for the one that the others are split from.
     group: u64,
+    /// What messages cost. Equal on all ranks.
+    network: Arc<Network>,
 }
 
 #[derive(Debug, Default)]
@@ -157,8 +161,10 @@ impl Communicator {
         let fault = Arc::new(Fault::new(transport.waker()));
         let (rank, world_size) = (transport.rank(), transport.world_size());
         let forced = config.algorithm != Algorithm::Auto;
-        let progress = Progress::new(Engine::new(transport, fault.clone(), config.timeout, forced));
-        Ok(Self { rank, world_size, config, progress, fault, counters: Arc::default(), issued: 0, group: 0 })
+        let network = Arc::new(Network::unmeasured(world_size));
+        let engine = Engine::new(transport, fault.clone(), config.timeout, forced, network.clone());
+        let (progress, counters) = (Progress::new(engine), Arc::default());
+        Ok(Self { rank, world_size, config, progress, fault, counters, issued: 0, group: 0, network })
     }
 
     /// This rank (NCCL: `ncclCommUserRank`).
@@ -188,6 +194,12 @@ impl Communicator {
         }
     }
 
+    /// How long this rank has waited for each rank since the start, in operations that found it late, by rank.
+    /// Moments too short to park for do not count. Waits for all that was started before to end.
+    pub fn waits(&mut self) -> Vec<Duration> {
+        self.progress.run(|engine| engine.waits.by_rank().to_vec())
+    }
+
     /// Which schedule a call of `kind` with `count` elements of `dtype` would run, and why that one. `count` is that of
     /// [`Operation::count`]. Calls nothing and changes nothing.
     ///
@@ -198,7 +210,7 @@ impl Communicator {
         if let Some((name, why)) = self.progress.run(|engine| engine.explain(kind, dtype, bytes)) {
             return Ok((name.to_owned(), why));
         }
-        let ring = self.prefers_ring(kind, count.saturating_mul(dtype.size()))?;
+        let ring = self.prefers_ring(kind)?;
         let (name, why) = match (kind, ring) {
             _ if self.world_size == 1 => ("local", "there is no other rank"),
             (Kind::Barrier, _) => ("dissemination", "it is the only schedule of a barrier"),
@@ -208,22 +220,41 @@ impl Communicator {
             (_, false) if self.config.algorithm == Algorithm::Direct => {
                 ("direct", "the algorithm is set to direct")
             }
-            (_, true) => ("chain", "4 segments or more: each link carries the buffer once"),
-            (Kind::AllReduce(_), false) if self.goes_in_one_shot(bytes) => {
-                ("one-shot", "short: one latency, everything to everybody")
+            (Kind::Broadcast { .. }, _) if self.config.algorithm == Algorithm::Auto => {
+                return Ok(self.explain_broadcast(bytes));
             }
-            (Kind::Broadcast { .. }, false) if self.world_size == 2 => ("direct", "there is one other rank"),
-            (Kind::Broadcast { .. }, false) => ("direct", "less than 4 segments: one latency to each rank"),
+            (Kind::AllReduce(_), false) if self.config.algorithm == Algorithm::Auto => {
+                return Ok(self.explain_all_reduce(bytes));
+            }
             (Kind::Reduce { .. }, false) => ("direct", "every rank reduces its part, in the fixed order"),
-            (_, false) => ("direct", "a ring's bytes in fewer latencies, and the fixed order"),
+            (_, _) => ("direct", "a ring's bytes in fewer latencies, and the fixed order"),
         };
         Ok((name.to_owned(), why.to_owned()))
     }
 
-    /// Measures, for a few milliseconds, which way is the fastest for which size on this host, and goes that
-    /// way from now on. Every rank calls it before any collective; rank 0 decides for all. Does nothing where
-    /// ranks do not share memory or have to share processors. Numbers and [`statistics`](Self::statistics)
-    /// begin anew. Blocks.
+    fn explain_all_reduce(&self, bytes: usize) -> (String, String) {
+        let [one_shot, direct] = self.network.all_reduce_micros(self.world_size, bytes);
+        let name = if self.goes_in_one_shot(bytes) { "one-shot" } else { "direct" };
+        let costs =
+            format!("one-shot {one_shot:.0} us, direct {direct:.0} us at {}", self.network.describe());
+        (name.to_owned(), costs)
+    }
+
+    fn explain_broadcast(&self, bytes: usize) -> (String, String) {
+        let name = match self.network.broadcast(self.world_size, bytes, self.config.segment_bytes) {
+            Broadcast::Direct => "direct",
+            Broadcast::Tree => "tree",
+            Broadcast::Chain => "chain",
+        };
+        (name.to_owned(), format!("the shortest at {}", self.network.describe()))
+    }
+
+    /// Measures which way is the fastest for which size, and goes that way from now on. Every rank calls it
+    /// before any collective; rank 0 decides for all. [`statistics`](Self::statistics) begin anew. Blocks.
+    ///
+    /// Where all ranks share memory, all-reduces are tried for a few milliseconds, unless ranks have to share
+    /// processors. Otherwise each rank measures its links to up to 15 others, one after the other: a few round
+    /// trips and half a megabyte for each. Links much slower than most are reported by rank 0, as a warning.
     ///
     /// # Errors
     /// [`Error::Usage`] after the first collective; otherwise fatal ones.
@@ -232,12 +263,21 @@ impl Communicator {
             let reason = "collectives have been called already; tune before the first".to_owned();
             return Err(Error::Usage { operation: "tune", reason });
         }
-        let Some(untuned) = self
-            .progress
-            .run(|engine| engine.host_of_all().filter(|host| host.can_probe).map(|host| host.tuning))
-        else {
-            return Ok(());
-        };
+        let probed =
+            self.progress.run(|engine| engine.host_of_all().map(|host| (host.can_probe, host.tuning)));
+        match probed {
+            Some((true, untuned)) => self.tune_host(untuned)?,
+            Some((false, _)) => return Ok(()),
+            None if self.world_size == 1 => return Ok(()),
+            None => self.tune_network()?,
+        }
+        self.counters = Arc::default();
+        self.progress.run(Engine::forget);
+        Ok(())
+    }
+
+    /// Tries the ways through shared memory.
+    fn tune_host(&mut self, untuned: Tuning) -> Result<(), Error> {
         let mut times = [Duration::MAX; PROBES.len()];
         let longest = PROBES.iter().map(|&(_, bytes)| bytes).max().unwrap_or(0) / size_of::<f32>();
         let (input, mut output) = (vec![1.0f32; longest], vec![0.0f32; longest]);
@@ -256,10 +296,69 @@ impl Communicator {
         let mut costs = Costs::fit(times).to_words();
         self.broadcast(&mut costs, 0)?;
         self.set_tuning(untuned.fitted(Costs::from_words(costs)));
+        // Not after a probe of links: there a rank that is still in the probe's last operation can have a frame
+        // of the next one before it, which must not look older.
         self.issued = 0;
-        self.counters = Arc::default();
-        self.progress.run(Engine::forget);
         Ok(())
+    }
+
+    /// Measures links, pair by pair, and has rank 0 make a model of them.
+    fn tune_network(&mut self) -> Result<(), Error> {
+        let mut own: Links = vec![None; self.world_size];
+        let mut buffer = vec![0u8; LINK_PROBE_BYTES];
+        for round in 0..network::rounds(self.world_size) {
+            if let Some(peer) = network::partner(self.rank, self.world_size, round) {
+                own[peer] = Some(self.measure_link(peer, &mut buffer)?);
+            }
+        }
+        let words: Vec<u64> = own.iter().flat_map(|link| Link::to_words(*link)).collect();
+        let mut all = vec![0; words.len() * self.world_size];
+        self.all_gather(&words, &mut all)?;
+        let rows: Vec<Links> = all
+            .chunks_exact(words.len())
+            .map(|row| row.chunks_exact(2).map(|link| Link::from_words([link[0], link[1]])).collect())
+            .collect();
+        let mut model = Network::of(&rows).to_words();
+        self.broadcast(&mut model, 0)?;
+        // All ranks get the same words, and refuse the same ones.
+        if let Some(network) = Network::from_words(&model, self.world_size) {
+            self.network = Arc::new(network);
+        }
+        if self.rank == 0 {
+            tracing::info!(world_size = self.world_size, links = self.network.describe(), "links measured");
+            for (from, to, link) in network::slow_links(&rows) {
+                let (latency_us, gb_per_s) = (link.latency.as_micros() as u64, 1.0 / link.per_byte.max(1e-3));
+                tracing::warn!(from, to, latency_us, gb_per_s, "a link is much slower than most");
+            }
+        }
+        let network = self.network.clone();
+        self.progress.run(|engine| engine.network = network);
+        Ok(())
+    }
+
+    /// Some round trips with a peer, and as many bytes as `buffer` has in each direction.
+    fn measure_link(&mut self, peer: usize, buffer: &mut [u8]) -> Result<Link, Error> {
+        let first = self.rank < peer;
+        let mut turn = |communicator: &mut Self, bytes: usize| {
+            let start = Instant::now();
+            if first {
+                communicator.send(&buffer[..bytes], peer)?;
+                communicator.recv(&mut buffer[..bytes], peer)?;
+            } else {
+                communicator.recv(&mut buffer[..bytes], peer)?;
+                communicator.send(&buffer[..bytes], peer)?;
+            }
+            Ok(start.elapsed())
+        };
+        // The first finds the peer at whatever it does, and its side of the link cold.
+        turn(self, 1)?;
+        let mut shortest = Duration::MAX;
+        for _ in 0..LINK_ROUND_TRIPS {
+            shortest = shortest.min(turn(self, 1)?);
+        }
+        let long = turn(self, LINK_PROBE_BYTES)?.min(turn(self, LINK_PROBE_BYTES)?);
+        let per_byte = long.saturating_sub(shortest).as_nanos() as f64 / (2 * LINK_PROBE_BYTES) as f64;
+        Ok(Link { latency: shortest / 2, per_byte })
     }
 
     fn set_tuning(&mut self, tuning: Tuning) {
@@ -778,7 +877,7 @@ impl Communicator {
     }
 
     fn schedule<T: Element>(&self, kind: Kind, count: usize) -> Result<Schedule, Error> {
-        let ring = self.prefers_ring(kind, count.saturating_mul(T::DTYPE.size()))?;
+        let ring = self.prefers_ring(kind)?;
         Ok(match (kind, ring) {
             (Kind::AllReduce(_), false) if self.goes_in_one_shot(count.saturating_mul(T::DTYPE.size())) => {
                 Schedule::AllReduceOneShot
@@ -796,6 +895,14 @@ impl Communicator {
             (Kind::Gather { root }, _) => Schedule::Gather { root },
             (Kind::Scatter { root }, _) => Schedule::Scatter { root },
             (Kind::AllToAll | Kind::AllToAllV { .. }, _) => Schedule::AllToAll,
+            (Kind::Broadcast { root }, _) if self.config.algorithm == Algorithm::Auto => {
+                let bytes = count.saturating_mul(T::DTYPE.size());
+                match self.network.broadcast(self.world_size, bytes, self.config.segment_bytes) {
+                    Broadcast::Direct => Schedule::BroadcastDirect { root },
+                    Broadcast::Tree => Schedule::BroadcastTree { root },
+                    Broadcast::Chain => Schedule::BroadcastChain { root },
+                }
+            }
             (Kind::Broadcast { root }, false) => Schedule::BroadcastDirect { root },
             (Kind::Broadcast { root }, true) => Schedule::BroadcastChain { root },
             (Kind::Barrier, _) => Schedule::Barrier,
@@ -805,10 +912,7 @@ impl Communicator {
     }
 
     /// The choice between direct exchange and ring; a function of what all ranks have in common.
-    fn prefers_ring(&self, kind: Kind, bytes: usize) -> Result<bool, Error> {
-        // A root that sends S bytes to each of n - 1 ranks sends (n - 1)/1 times as much as a chain
-        // link does; below about 4 segments the chain's n - 1 latencies cost more than that saves.
-        let long = bytes >= 4 * self.config.segment_bytes;
+    fn prefers_ring(&self, kind: Kind) -> Result<bool, Error> {
         match (self.config.algorithm, kind) {
             (Algorithm::Direct, _) => Ok(false),
             (_, kind) if has_one_schedule(kind) => Ok(false),
@@ -822,7 +926,6 @@ impl Communicator {
                 })
             }
             (Algorithm::Ring, _) => Ok(true),
-            (Algorithm::Auto, Kind::Broadcast { .. }) => Ok(self.world_size > 2 && long),
             // Direct exchange moves the same bytes with fewer latencies, in the fixed order.
             (Algorithm::Auto, _) => Ok(false),
         }
@@ -830,8 +933,11 @@ impl Communicator {
 
     /// Whether an all_reduce is so short that one latency counts for more than its bytes.
     fn goes_in_one_shot(&self, bytes: usize) -> bool {
-        let sent = bytes.saturating_mul(self.world_size - 1);
-        self.config.algorithm == Algorithm::Auto && sent <= ONE_SHOT_BYTES
+        // A longer one would come in segments, whose sums a direct exchange overlaps with the next.
+        let short = bytes <= self.config.segment_bytes;
+        self.config.algorithm == Algorithm::Auto
+            && short
+            && self.network.one_shot_pays(self.world_size, bytes)
     }
 
     fn run(&mut self, call: Call, buffers: Buffers<'_>) -> Result<(), Error> {
@@ -1009,7 +1115,7 @@ fn code(schedule: Schedule) -> u8 {
         | Schedule::ReduceScatterRing
         | Schedule::AllGatherRing
         | Schedule::BroadcastChain { .. } => 2,
-        Schedule::AllReduceOneShot => 3,
+        Schedule::AllReduceOneShot | Schedule::BroadcastTree { .. } => 3,
         Schedule::Barrier | Schedule::SendTo { .. } | Schedule::ReceiveFrom { .. } => 0,
     }
 }

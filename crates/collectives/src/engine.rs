@@ -19,9 +19,11 @@ use crate::error::{Call, Error};
 use crate::fault::Fault;
 use crate::kernels::{Own, Reducer};
 use crate::levels::{Group, Levels};
+use crate::network::Network;
 use crate::operation::{Kind, Operation};
 use crate::plan::{Local, Place, Plan, Round, Schedule, Transfer};
 use crate::shared::{Host, Waiter};
+use crate::waits::Waits;
 
 /// How long a rank whose deadline has passed waits to hear who else is waiting, so that the rank
 /// everybody waits for is named and not a rank that waits itself. A live peer answers within its
@@ -35,9 +37,9 @@ const LONGEST_PARK: Duration = Duration::from_millis(50);
 /// How long a failing rank waits for its last message, saying why, to be delivered.
 const ABORT_GRACE: Duration = Duration::from_millis(200);
 
-/// The longest all_reduce that every rank of a host sums for itself before hosts exchange it, in bytes; the
-/// slices of longer ones save more than their two additional steps inside the host cost.
-const SHORT_BYTES: usize = 16 * 1024;
+/// The longest all_reduce that every rank of a host takes to the other hosts whole, in bytes; the slices of
+/// longer ones save more than their two additional steps inside the host cost.
+const ONE_STEP_BYTES: usize = 16 * 1024;
 
 /// Past calls kept to say in a mismatch what this rank called under an older number.
 const HISTORY_LEN: usize = 64;
@@ -67,6 +69,10 @@ pub(crate) struct Engine {
     pub(crate) received_bytes: u64,
     /// Those sent to ranks that do not share memory with this one.
     pub(crate) network_sent_bytes: u64,
+    /// What messages between hosts cost. Equal on all ranks.
+    pub(crate) network: Arc<Network>,
+    /// How long others were waited for.
+    pub(crate) waits: Waits,
 }
 
 /// Whoever wants to know that the communicator has failed, and why.
@@ -140,7 +146,9 @@ impl Engine {
         fault: Arc<Fault>,
         timeout: Duration,
         forced: bool,
+        network: Arc<Network>,
     ) -> Self {
+        let world_size = transport.world_size();
         let heads = (0..transport.world_size()).map(|_| InFrame::default()).collect();
         let segments = transport.segments().filter(|_| !forced);
         let levels = segments.as_ref().and_then(|segments| Levels::of(transport.rank(), segments.hosts()));
@@ -162,6 +170,8 @@ impl Engine {
             sent_bytes: 0,
             received_bytes: 0,
             network_sent_bytes: 0,
+            network,
+            waits: Waits::new(world_size),
         }
     }
 
@@ -181,7 +191,12 @@ impl Engine {
             self.history.pop_front();
         }
         self.history.push_back(operation);
-        self.dispatch(operation, plan, reducer, buffers).map_err(|error| self.fail(error))
+        self.dispatch(operation, plan, reducer, buffers).map_err(|error| self.fail(error))?;
+        if let Some((late, waited)) = self.waits.end() {
+            let (rank, waited_ms) = (self.transport.rank(), waited.as_millis() as u64);
+            tracing::warn!(rank, %operation, late, waited_ms, "waited for a rank that was late");
+        }
+        Ok(())
     }
 
     fn dispatch(
@@ -237,7 +252,7 @@ impl Engine {
             |schedule, len: usize| Plan::new(schedule, counterparts.len(), *own_host, len, segment_len);
         let group = Group::Some { members: counterparts, place: *own_host };
         let last = Some(Reducer::of_partials(dtype, op, counterparts.len(), self.transport.world_size()));
-        if count * size <= SHORT_BYTES {
+        if self.goes_in_one_step(levels, count * size) {
             self.run_on_host(host, operation, &inside, reducer(), buffers.from_output(0, size))?;
             let plan = between(Schedule::AllReduceOneShot, count);
             let sums = buffers.within_output(Starts::default());
@@ -310,14 +325,17 @@ impl Engine {
         let levels =
             self.levels.as_ref().filter(|_| matches!(kind, Kind::AllReduce(_)) && keeps_bits(dtype))?;
         let (hosts, ranks) = (levels.counterparts.len(), levels.members.len());
-        Some(match bytes <= SHORT_BYTES {
-            true => {
-                ("levels", format!("{hosts} hosts of {ranks}: summed in each, then one step between them"))
-            }
-            false => {
-                ("levels", format!("{hosts} hosts of {ranks}: each rank takes a slice between the hosts"))
-            }
+        let network = self.network.describe();
+        Some(match self.goes_in_one_step(levels, bytes) {
+            true => ("levels", format!("{hosts} hosts of {ranks}: summed in each, then one step; {network}")),
+            false => ("levels", format!("{hosts} hosts of {ranks}: a slice for each rank; {network}")),
         })
+    }
+
+    /// Whether every rank of a host takes a whole all_reduce of `bytes` bytes to the other hosts, rather than
+    /// its slice. The two steps within the host that this saves count little beside the network's.
+    fn goes_in_one_step(&self, levels: &Levels, bytes: usize) -> bool {
+        bytes <= ONE_STEP_BYTES && self.network.one_shot_pays(levels.counterparts.len(), bytes)
     }
 
     /// The collectives of this host's shared memory, when it has some.
@@ -404,6 +422,7 @@ impl Engine {
     pub(crate) fn forget(&mut self) {
         self.history.clear();
         (self.sent_bytes, self.received_bytes, self.network_sent_bytes) = (0, 0, 0);
+        self.waits = Waits::new(self.transport.world_size());
     }
 
     /// Leaves in order; the engine is of no use afterwards.
@@ -624,6 +643,7 @@ impl Engine {
             }
         };
         self.transport.wait_for(waiting_for, until.min(now + LONGEST_PARK));
+        self.waits.add(waiting_for, now.elapsed());
         Ok(())
     }
 

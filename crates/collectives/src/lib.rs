@@ -36,10 +36,12 @@ pub mod error;
 mod fault;
 mod kernels;
 mod levels;
+mod network;
 pub mod operation;
 pub mod plan;
 mod progress;
 mod shared;
+mod waits;
 mod work;
 
 pub use communicator::{Algorithm, Communicator, Config, Order, Statistics};

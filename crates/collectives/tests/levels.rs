@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use paceline_collectives::dtype::{Element, bf16};
-use paceline_collectives::{Algorithm, Communicator, Config, ReduceOp, Statistics};
+use paceline_collectives::{Algorithm, Communicator, Config, DType, Kind, ReduceOp, Statistics};
 use paceline_transport::mem;
 use paceline_transport::shm::{self, Sharing};
 
@@ -132,4 +132,50 @@ fn two_hosts_of_two_send_half_of_what_a_direct_exchange_among_all_ranks_sends() 
     assert!(levels / whole <= 4.0 * (0.5 + 0.02), "{} S between the hosts", levels / whole);
     assert!(levels / whole <= 3.0 * (2.0 / 3.0 + 0.02), "{} S between the hosts", levels / whole);
     assert!(levels / whole >= 2.0, "no way sends less than 2 S: the counter counts too little");
+}
+
+#[test]
+fn after_a_probe_all_ranks_go_the_same_way() {
+    for (world_size, sharing) in [(2, Sharing::Off), (5, Sharing::Off), (4, Sharing::WithinBlocks(2))] {
+        let schedules = on_ranks(world_size, sharing, &Config::default(), |communicator| {
+            communicator.tune().expect("all ranks call");
+            assert_eq!(communicator.statistics(), Statistics::default());
+            let explained: Vec<(String, String)> = [8usize, 100_000, 100_000_000]
+                .into_iter()
+                .flat_map(|count| {
+                    [Kind::AllReduce(ReduceOp::Sum), Kind::Broadcast { root: 0 }].map(|kind| (kind, count))
+                })
+                .map(|(kind, count)| communicator.explain(kind, DType::F32, count).expect("there is a way"))
+                .collect();
+            let mut buffer = vec![1.0f32; 1000];
+            communicator.all_reduce(&mut buffer, ReduceOp::Sum).expect("all ranks call");
+            communicator.broadcast(&mut buffer, communicator.world_size() - 1).expect("all ranks call");
+            assert_eq!(buffer, vec![communicator.world_size() as f32; 1000]);
+            explained
+        });
+        assert!(schedules.iter().all(|theirs| *theirs == schedules[0]), "{schedules:?}");
+        assert!(
+            schedules[0].iter().any(|(_, why)| why.contains("measured at the start")),
+            "{:?}",
+            schedules[0]
+        );
+    }
+}
+
+#[test]
+fn a_rank_that_comes_late_is_the_one_that_was_waited_for() {
+    let waits = on_ranks(3, Sharing::Off, &Config::default(), |communicator| {
+        communicator.barrier().expect("all ranks call");
+        if communicator.rank() == 1 {
+            thread::sleep(Duration::from_millis(300));
+        }
+        let mut buffer = vec![1u8; 10];
+        communicator.all_reduce(&mut buffer, ReduceOp::Max).expect("all ranks call");
+        communicator.waits()
+    });
+    for rank in [0, 2] {
+        let latest = (0..3).max_by_key(|&other| waits[rank][other]);
+        assert_eq!(latest, Some(1), "{waits:?}");
+        assert!(waits[rank][1] >= Duration::from_millis(200), "{waits:?}");
+    }
 }

@@ -18,6 +18,7 @@
 //! | direct reduce: as all_reduce, but results go to the root only | segments + 1 | root: (n-1)/n S, others: S | tree over ranks |
 //! | chain reduce, pipelined | segments + 1 | S | along the chain |
 //! | direct broadcast | segments | root: (n-1) S | |
+//! | tree broadcast (binomial), pipelined | segments + 1 | root: log2 n S | |
 //! | chain broadcast, pipelined | segments + 1 | S | |
 //! | gather, scatter, all_to_all: every part goes straight to where it belongs | segments | (n-1)/n S at the root, or everywhere | |
 //! | barrier by dissemination (Hensgen, Finkel & Manber 1988) | log2 n | 0 | |
@@ -27,6 +28,7 @@ mod direct;
 mod replay;
 mod ring;
 mod shares;
+mod tree;
 
 pub use shares::Shares;
 
@@ -182,6 +184,11 @@ pub enum Schedule {
         /// The rank that has the elements.
         root: usize,
     },
+    /// The same down a binomial tree, from segment to segment.
+    BroadcastTree {
+        /// The rank that has the elements.
+        root: usize,
+    },
     /// The same along the chain root, root + 1, ….
     BroadcastChain {
         /// The rank that has the elements.
@@ -250,6 +257,7 @@ impl Plan {
         };
         let other = match schedule {
             Schedule::BroadcastDirect { root }
+            | Schedule::BroadcastTree { root }
             | Schedule::BroadcastChain { root }
             | Schedule::ReduceDirect { root }
             | Schedule::ReduceChain { root }
@@ -281,7 +289,9 @@ impl Plan {
             Schedule::ReduceScatterRing | Schedule::AllGatherRing => {
                 self.segments(self.shares.longest()) * self.world_size
             }
-            Schedule::ReduceChain { .. } | Schedule::BroadcastChain { .. } => ring::chain_rounds(self),
+            Schedule::ReduceChain { .. }
+            | Schedule::BroadcastTree { .. }
+            | Schedule::BroadcastChain { .. } => ring::chain_rounds(self),
             Schedule::Barrier => self.world_size.next_power_of_two().trailing_zeros() as usize,
             Schedule::SendTo { .. } | Schedule::ReceiveFrom { .. } => self.segments(self.whole().len).max(1),
         }
@@ -304,6 +314,7 @@ impl Plan {
             | Schedule::Scatter { .. }
             | Schedule::AllToAll => direct::copy(self, index, round),
             Schedule::AllGatherRing => ring::all_gather(self, index, round),
+            Schedule::BroadcastTree { root } => tree::broadcast(self, root, index, round),
             Schedule::BroadcastChain { root } => ring::broadcast(self, root, index, round),
             Schedule::Barrier => direct::barrier(self, index, round),
             // Not Round::send: an empty message is still a message.
@@ -344,7 +355,9 @@ impl Plan {
                 let (last, _) = self.shares.of_pair(self.world_size, rank, self.world_size - 1);
                 last.start + last.len
             }
-            Schedule::BroadcastDirect { root } | Schedule::BroadcastChain { root } => {
+            Schedule::BroadcastDirect { root }
+            | Schedule::BroadcastTree { root }
+            | Schedule::BroadcastChain { root } => {
                 if rank == root {
                     self.whole().len
                 } else {
@@ -385,9 +398,9 @@ impl Plan {
                 let share = self.shares.of_rank(from);
                 Some((share.at(0), share))
             }
-            Schedule::BroadcastDirect { root } | Schedule::BroadcastChain { root } => {
-                (from == root).then(|| (self.whole(), self.whole()))
-            }
+            Schedule::BroadcastDirect { root }
+            | Schedule::BroadcastTree { root }
+            | Schedule::BroadcastChain { root } => (from == root).then(|| (self.whole(), self.whole())),
             Schedule::Gather { root } => {
                 let share = self.shares.of_rank(from);
                 (to == root).then(|| (share.at(0), share))

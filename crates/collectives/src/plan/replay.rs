@@ -388,14 +388,20 @@ fn all_gather_puts_every_input_in_rank_order() {
 
 #[test]
 fn broadcast_gives_everyone_the_roots_elements() {
-    let both = |root| [Schedule::BroadcastDirect { root }, Schedule::BroadcastChain { root }];
+    let all = |root| {
+        let (direct, tree) = (Schedule::BroadcastDirect { root }, Schedule::BroadcastTree { root });
+        [direct, tree, Schedule::BroadcastChain { root }]
+    };
     exhaustively(
-        |world_size| (0..world_size).flat_map(both).collect(),
+        |world_size| (0..world_size).flat_map(all).collect(),
         |_, len| len,
         |_, len| len,
         true,
         |schedule, _, _, _, output| {
-            let (Schedule::BroadcastDirect { root } | Schedule::BroadcastChain { root }) = schedule else {
+            let (Schedule::BroadcastDirect { root }
+            | Schedule::BroadcastTree { root }
+            | Schedule::BroadcastChain { root }) = schedule
+            else {
                 panic!("only broadcasts were replayed")
             };
             for (element, value) in output.iter().enumerate() {

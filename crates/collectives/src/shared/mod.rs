@@ -152,6 +152,7 @@ impl Host {
             Schedule::AllGatherDirect
             | Schedule::AllGatherRing
             | Schedule::BroadcastDirect { .. }
+            | Schedule::BroadcastTree { .. }
             | Schedule::BroadcastChain { .. } => self.exchange(Pieces::SameForAll, call),
             Schedule::Gather { .. } | Schedule::Scatter { .. } | Schedule::AllToAll => {
                 self.exchange(Pieces::PerReceiver, call)
