@@ -51,7 +51,7 @@ impl<'a> Buffers<'a> {
     }
 
     /// The input, and the output from element `start` on, which has `size` bytes.
-    pub(crate) fn from_output(&mut self, start: usize, size: usize) -> Buffers<'_> {
+    pub(crate) fn with_output_from(&mut self, start: usize, size: usize) -> Buffers<'_> {
         match self {
             Self::Separate { input, output } => {
                 Buffers::Separate { input, output: &mut output[start * size..] }

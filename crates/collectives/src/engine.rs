@@ -253,14 +253,14 @@ impl Engine {
         let group = Group::Some { members: counterparts, place: *own_host };
         let last = Some(Reducer::of_partials(dtype, op, counterparts.len(), self.transport.world_size()));
         if self.goes_in_one_step(levels, count * size) {
-            self.run_on_host(host, operation, &inside, reducer(), buffers.from_output(0, size))?;
+            self.run_on_host(host, operation, &inside, reducer(), buffers.with_output_from(0, size))?;
             let plan = between(Schedule::AllReduceOneShot, count);
             let sums = buffers.within_output(Starts::default());
             return self.run_among(group, operation, &plan, last, sums);
         }
         let (own, shares) = (inside.owned(*place), inside.owned_shares());
         let scatter = plan(Schedule::ReduceScatterDirect, shares.clone());
-        self.run_on_host(host, operation, &scatter, reducer(), buffers.from_output(own.start, size))?;
+        self.run_on_host(host, operation, &scatter, reducer(), buffers.with_output_from(own.start, size))?;
         let plan_between = between(Schedule::AllReduceDirect, own.len);
         let slice = buffers.within_output(Starts { input: own.start, output: own.start });
         self.run_among(group, operation, &plan_between, last, slice)?;
@@ -296,8 +296,16 @@ impl Engine {
         reducer: Option<Reducer>,
         buffers: Buffers<'_>,
     ) -> Result<(), Error> {
-        let group = Group::World { rank: self.transport.rank() };
-        self.run_among(group, operation, plan, reducer, buffers)
+        let rank = self.transport.rank();
+        if plan.schedule() == Schedule::AllReduceRing {
+            // Which rank has which chunk is the ring's own business: it can go from neighbour to neighbour.
+            let network = self.network.clone();
+            let place = network.ring.iter().position(|&member| member == rank);
+            let place = place.expect("a ring goes through all ranks");
+            let group = Group::Some { members: &network.ring, place };
+            return self.run_among(group, operation, &plan.of_rank(place), reducer, buffers);
+        }
+        self.run_among(Group::World { rank }, operation, plan, reducer, buffers)
     }
 
     /// Runs a plan of a group of ranks.

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use paceline_collectives::dtype::{Element, bf16};
-use paceline_collectives::{Algorithm, Communicator, Config, DType, Kind, ReduceOp, Statistics};
+use paceline_collectives::{Algorithm, Communicator, Config, DType, Kind, Order, ReduceOp, Statistics};
 use paceline_transport::mem;
 use paceline_transport::shm::{self, Sharing};
 
@@ -178,4 +178,19 @@ fn a_rank_that_comes_late_is_the_one_that_was_waited_for() {
         assert_eq!(latest, Some(1), "{waits:?}");
         assert!(waits[rank][1] >= Duration::from_millis(200), "{waits:?}");
     }
+}
+
+#[test]
+fn a_ring_in_the_order_of_measured_links_has_the_same_sums_on_all_ranks() {
+    let mut config = Config::default();
+    config.algorithm = Algorithm::Ring;
+    config.order = Order::Any;
+    let sums = on_ranks(5, Sharing::Off, &config, |communicator| {
+        communicator.tune().expect("all ranks call");
+        let mut buffer: Vec<f32> = (0..10_001).map(|index| (communicator.rank() * index) as f32).collect();
+        communicator.all_reduce(&mut buffer, ReduceOp::Sum).expect("all ranks call");
+        buffer
+    });
+    let expected: Vec<f32> = (0..10_001).map(|index| (10 * index) as f32).collect();
+    assert!(sums.iter().all(|sum| *sum == expected));
 }

@@ -329,6 +329,11 @@ impl Plan {
         }
     }
 
+    /// The part that another rank has in the same collective.
+    pub(crate) fn of_rank(&self, rank: usize) -> Self {
+        Self::new(self.schedule, self.world_size, rank, self.shares.clone(), self.segment_len)
+    }
+
     /// What is to be done.
     pub(crate) fn schedule(&self) -> Schedule {
         self.schedule
