@@ -33,6 +33,9 @@ const PROBE_CALLS: u32 = 4;
 const LINK_ROUND_TRIPS: u32 = 3;
 const LINK_PROBE_BYTES: usize = 256 * 1024;
 
+/// Where the numbers of a probe begin, far enough below 1.
+const PROBE_NUMBERS: u64 = (1u64 << 32).wrapping_neg();
+
 /// How a communicator works. Equal on all ranks, or the first operation is a mismatch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -250,14 +253,16 @@ impl Communicator {
     }
 
     /// Measures which way is the fastest for which size, and goes that way from now on. Every rank calls it
-    /// before any collective; rank 0 decides for all. [`statistics`](Self::statistics) begin anew. Blocks.
+    /// before any collective; rank 0 decides for all. Numbers and [`statistics`](Self::statistics) begin anew.
+    /// Blocks.
     ///
     /// Where all ranks share memory, all-reduces are tried for a few milliseconds, unless ranks have to share
     /// processors. Otherwise each rank measures its links to up to 15 others, one after the other: a few round
     /// trips and half a megabyte for each. Links much slower than most are reported by rank 0, as a warning.
     ///
     /// # Errors
-    /// [`Error::Usage`] after the first collective; otherwise fatal ones.
+    /// [`Error::Usage`] after the first collective; otherwise fatal ones, which the next operation reports as
+    /// its own. So they may be ignored here.
     pub fn tune(&mut self) -> Result<(), Error> {
         if self.issued > 0 {
             let reason = "collectives have been called already; tune before the first".to_owned();
@@ -265,12 +270,15 @@ impl Communicator {
         }
         let probed =
             self.progress.run(|engine| engine.host_of_all().map(|host| (host.can_probe, host.tuning)));
-        match probed {
-            Some((true, untuned)) => self.tune_host(untuned)?,
-            Some((false, _)) => return Ok(()),
-            None if self.world_size == 1 => return Ok(()),
-            None => self.tune_network()?,
-        }
+        // Numbers below the first one's: a rank may get there while others are still here.
+        self.issued = PROBE_NUMBERS;
+        let probed = match probed {
+            Some((true, untuned)) => self.tune_host(untuned),
+            None if self.world_size > 1 => self.tune_network(),
+            Some((false, _)) | None => Ok(()),
+        };
+        self.issued = 0;
+        probed?;
         self.counters = Arc::default();
         self.progress.run(Engine::forget);
         Ok(())
@@ -296,9 +304,6 @@ impl Communicator {
         let mut costs = Costs::fit(times).to_words();
         self.broadcast(&mut costs, 0)?;
         self.set_tuning(untuned.fitted(Costs::from_words(costs)));
-        // Not after a probe of links: there a rank that is still in the probe's last operation can have a frame
-        // of the next one before it, which must not look older.
-        self.issued = 0;
         Ok(())
     }
 
@@ -333,7 +338,8 @@ impl Communicator {
         }
         let network = self.network.clone();
         self.progress.run(|engine| engine.network = network);
-        Ok(())
+        // Whoever leaves first must not take anything that others still wait for.
+        self.barrier()
     }
 
     /// Some round trips with a peer, and as many bytes as `buffer` has in each direction.
@@ -865,14 +871,14 @@ impl Communicator {
         let segment_len = self.config.segment_bytes / T::DTYPE.size();
         let message = matches!(kind, Kind::Message { .. });
         let operation = Operation {
-            number: self.issued + 1,
+            number: self.issued.wrapping_add(1),
             kind,
             dtype: T::DTYPE,
             count,
             segment_len: if message { 0 } else { segment_len as u32 },
             schedule: code(schedule),
         };
-        self.issued += u64::from(!message);
+        self.issued = self.issued.wrapping_add(u64::from(!message));
         Ok(Call { operation, plan: Plan::new(schedule, self.world_size, self.rank, shares, segment_len) })
     }
 

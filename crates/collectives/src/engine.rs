@@ -185,7 +185,9 @@ impl Engine {
         buffers: Buffers<'_>,
     ) -> Result<(), Error> {
         if let Some(error) = &self.failed {
-            return Err(error.clone());
+            // What failed in the probe is the first operation's to report, in its name.
+            let error = error.clone().of_probe_in(operation);
+            return Err(self.failed.insert(error).clone());
         }
         if self.history.len() == HISTORY_LEN {
             self.history.pop_front();
@@ -666,7 +668,7 @@ impl Engine {
             };
             // What it sent before is in the ring: it may have come between the last look and that flag.
             let pending = self.heads[peer].peek(&mut *self.transport, peer).is_ok_and(|head| head.is_some());
-            if !pending && theirs.number >= watch.operation.number {
+            if !pending && !theirs.is_before(&watch.operation) {
                 return Err(self.mismatch(peer, theirs, watch.operation));
             }
         }

@@ -81,6 +81,23 @@ impl Error {
     pub fn is_fatal(&self) -> bool {
         !matches!(self, Self::Usage { .. })
     }
+
+    /// The same error, in `operation` if it was in the probe before the first one.
+    pub(crate) fn of_probe_in(mut self, first: Operation) -> Self {
+        match &mut self {
+            Self::PeerLeft { operation, .. }
+            | Self::PeerLost { operation, .. }
+            | Self::Mismatch { operation, .. }
+            | Self::TimedOut { operation, .. }
+            | Self::Interrupted { operation, .. }
+                if operation.is_of_probe() =>
+            {
+                *operation = first;
+            }
+            _ => {}
+        }
+        self
+    }
 }
 
 /// What one rank called.

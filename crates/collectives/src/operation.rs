@@ -89,7 +89,7 @@ impl Kind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Operation {
     /// Its number among the collectives of the communicator, from 1; for a message, that of the
-    /// collective that comes next.
+    /// collective that comes next. Those of a probe before are negative, in two's complement.
     pub number: u64,
     /// What it is.
     pub kind: Kind,
@@ -200,10 +200,20 @@ impl Operation {
     /// the peer called something else. Frames of later calls wait for their turn.
     pub(crate) fn rules_out(&self, theirs: &Self) -> bool {
         if theirs.number != self.number {
-            return theirs.number < self.number;
+            return theirs.is_before(self);
         }
         // A message precedes the collective of its number; several messages may wait at once.
         self.is_collective() && theirs != self
+    }
+
+    /// Whether its number is smaller.
+    pub(crate) fn is_before(&self, other: &Self) -> bool {
+        self.number.cast_signed() < other.number.cast_signed()
+    }
+
+    /// Whether it belongs to the probe of [`Communicator::tune`](crate::Communicator::tune).
+    pub(crate) fn is_of_probe(&self) -> bool {
+        self.number.cast_signed() < 0
     }
 
     /// Whether all ranks take part, rather than two.
@@ -214,7 +224,8 @@ impl Operation {
 
 impl fmt::Display for Operation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { number, dtype, count, .. } = self;
+        let Self { dtype, count, .. } = self;
+        let number = self.number.cast_signed();
         let name = self.name();
         match self.kind {
             Kind::AllReduce(op) | Kind::ReduceScatter(op) => {

@@ -1,5 +1,5 @@
-//! The behaviour list between real processes that the launcher has started: on QUIC, and on memory that they
-//! share.
+//! The behaviour list between real processes that the launcher has started: on QUIC, on memory that they
+//! share, and on both, as if every two ranks were a host.
 
 mod job;
 
@@ -16,6 +16,7 @@ fn main() {
         ALL.iter()
             .flat_map(sizes)
             .flat_map(|(behaviour, ranks)| LINKS.map(|links| (behaviour, ranks, links)))
+            .filter(|&(_, ranks, links)| links != "both" || ranks > 2)
             .map(|(behaviour, ranks, links)| {
                 trial(format!("{}::on_{ranks}_ranks_over_{links}", behaviour.name), move || {
                     Job::start(ranks, &["--grace", "1"], behaviour.name, &[links]).finish().assert_success();
@@ -25,12 +26,16 @@ fn main() {
     });
 }
 
-const LINKS: [&str; 2] = ["quic", "shm"];
+const LINKS: [&str; 3] = ["quic", "shm", "both"];
 
 fn rank(name: &str, args: &[String]) {
     let behaviour = ALL.iter().find(|behaviour| behaviour.name == name).expect("the name is in the list");
     let env = JobEnv::from_vars(env::process).expect("the launcher knows").expect("there is a launcher");
-    let sharing = if args == ["quic"] { Sharing::Off } else { Sharing::Auto };
+    let sharing = match args[0].as_str() {
+        "quic" => Sharing::Off,
+        "both" => Sharing::WithinBlocks(2),
+        _ => Sharing::Auto,
+    };
     let world = World::join_job(&env, (behaviour.config)(), sharing).expect("all ranks are started");
     let (communicator, _membership) = world.into_parts();
     (behaviour.run)(communicator);

@@ -114,7 +114,11 @@ impl World {
         });
         let interrupter = communicator.interrupter();
         let watcher = io.handle().spawn(watch(client, interrupter, culprits));
-        communicator.tune()?;
+        if let Err(error) = communicator.tune() {
+            // A rank that is ready may have failed already, or left. Whoever is not finds that in its first
+            // operation, like everybody else.
+            tracing::debug!(rank = env.rank, %error, "the probe was cut short");
+        }
         Ok(Self {
             rank: env.rank,
             world_size: env.world_size,
