@@ -210,7 +210,7 @@ impl Communicator {
     /// [`Error::Usage`] when the configured algorithm cannot keep the order.
     pub fn explain(&mut self, kind: Kind, dtype: DType, count: usize) -> Result<(String, String), Error> {
         let bytes = count.saturating_mul(dtype.size());
-        if let Some((name, why)) = self.progress.run(|engine| engine.explain(kind, dtype, bytes)) {
+        if let Some((name, why)) = self.progress.run(|engine| engine.explain(kind, bytes)) {
             return Ok((name.to_owned(), why));
         }
         let ring = self.prefers_ring(kind)?;

@@ -12,7 +12,7 @@ use paceline_transport::frame::{InFrame, OutFrame, Prefix};
 use paceline_transport::shm::{self, SharedMemory, Sharing};
 use paceline_transport::{self as transport, Transport};
 
-use crate::buffer::{Buffers, Starts};
+use crate::buffer::Buffers;
 use crate::control::{Cause, Control};
 use crate::dtype::{DType, ReduceOp};
 use crate::error::{Call, Error};
@@ -20,7 +20,7 @@ use crate::fault::Fault;
 use crate::kernels::{Own, Reducer};
 use crate::levels::{Group, Levels};
 use crate::network::Network;
-use crate::operation::{Kind, Operation};
+use crate::operation::{Kind, Operation, Step};
 use crate::plan::{Local, Place, Plan, Round, Schedule, Transfer};
 use crate::shared::{Host, Waiter};
 use crate::waits::Waits;
@@ -90,12 +90,16 @@ struct Scratch {
     received_partial: Vec<u64>,
     /// A reduced segment on its way to a root.
     reduced: Vec<u64>,
+    /// A block of 16-bit floats in f32, between hosts.
+    wide: Vec<u64>,
 }
 
 /// One operation on its way through the engine.
 struct Running<'a> {
     watch: Watch,
     operation: Operation,
+    /// Of the elements that move.
+    dtype: DType,
     group: Group<'a>,
     buffers: Buffers<'a>,
     reducer: Option<Reducer>,
@@ -212,7 +216,7 @@ impl Engine {
         let way = match operation.kind {
             _ if !operation.is_collective() => Way::Links,
             _ if whole => Way::Host,
-            Kind::AllReduce(op) if self.levels.is_some() && keeps_bits(operation.dtype) => Way::Levels(op),
+            Kind::AllReduce(op) if self.levels.is_some() => Way::Levels(op),
             _ => Way::Links,
         };
         let (Way::Host | Way::Levels(_), Some(mut host)) = (way, self.host.take_if(|_| way != Way::Links))
@@ -227,55 +231,18 @@ impl Engine {
             }
             (_, levels) => {
                 self.levels = levels;
-                self.run_on_host(&mut host, operation, plan, reducer, buffers)
+                self.run_on_host(&mut host, operation.into(), plan, reducer, buffers)
             }
         };
         self.host = Some(host);
         outcome
     }
 
-    /// Runs an all_reduce inside the hosts and between them.
-    fn run_in_levels(
-        &mut self,
-        host: &mut Host,
-        levels: &Levels,
-        (operation, op): (Operation, ReduceOp),
-        mut buffers: Buffers<'_>,
-    ) -> Result<(), Error> {
-        let Levels { members, place, counterparts, host: own_host } = levels;
-        let Operation { dtype, count, segment_len, .. } = operation;
-        let (size, segment_len) = (dtype.size(), segment_len as usize);
-        let plan = |schedule, shares| Plan::new(schedule, members.len(), *place, shares, segment_len);
-        let inside = plan(Schedule::AllReduceDirect, count.into());
-        // A mean is one division, at the end.
-        let part_op = if op == ReduceOp::Avg { ReduceOp::Sum } else { op };
-        let reducer = || Some(Reducer::new(dtype, part_op, members.len()));
-        let between =
-            |schedule, len: usize| Plan::new(schedule, counterparts.len(), *own_host, len, segment_len);
-        let group = Group::Some { members: counterparts, place: *own_host };
-        let last = Some(Reducer::of_partials(dtype, op, counterparts.len(), self.transport.world_size()));
-        if self.goes_in_one_step(levels, count * size) {
-            self.run_on_host(host, operation, &inside, reducer(), buffers.with_output_from(0, size))?;
-            let plan = between(Schedule::AllReduceOneShot, count);
-            let sums = buffers.within_output(Starts::default());
-            return self.run_among(group, operation, &plan, last, sums);
-        }
-        let (own, shares) = (inside.owned(*place), inside.owned_shares());
-        let scatter = plan(Schedule::ReduceScatterDirect, shares.clone());
-        self.run_on_host(host, operation, &scatter, reducer(), buffers.with_output_from(own.start, size))?;
-        let plan_between = between(Schedule::AllReduceDirect, own.len);
-        let slice = buffers.within_output(Starts { input: own.start, output: own.start });
-        self.run_among(group, operation, &plan_between, last, slice)?;
-        let gather = plan(Schedule::AllGatherDirect, shares);
-        let all = buffers.within_output(Starts { input: own.start, output: 0 });
-        self.run_on_host(host, operation, &gather, None, all)
-    }
-
     /// Runs a collective through shared memory.
-    fn run_on_host(
+    pub(crate) fn run_on_host(
         &mut self,
         host: &mut Host,
-        operation: Operation,
+        Step { operation, dtype }: Step,
         plan: &Plan,
         mut reducer: Option<Reducer>,
         mut buffers: Buffers<'_>,
@@ -284,7 +251,7 @@ impl Engine {
         if waiter.engine.fault.is_raised() {
             waiter.hear_bad_news()?;
         }
-        host.run(&operation, plan, reducer.as_mut(), &mut buffers, &mut waiter)?;
+        host.run((&operation, dtype), plan, reducer.as_mut(), &mut buffers, &mut waiter)?;
         self.sent_bytes += std::mem::take(&mut host.staged_bytes);
         self.received_bytes += std::mem::take(&mut host.taken_bytes);
         Ok(())
@@ -305,16 +272,16 @@ impl Engine {
             let place = network.ring.iter().position(|&member| member == rank);
             let place = place.expect("a ring goes through all ranks");
             let group = Group::Some { members: &network.ring, place };
-            return self.run_among(group, operation, &plan.of_rank(place), reducer, buffers);
+            return self.run_among(group, operation.into(), &plan.of_rank(place), reducer, buffers);
         }
-        self.run_among(Group::World { rank }, operation, plan, reducer, buffers)
+        self.run_among(Group::World { rank }, operation.into(), plan, reducer, buffers)
     }
 
     /// Runs a plan of a group of ranks.
-    fn run_among(
+    pub(crate) fn run_among(
         &mut self,
         group: Group<'_>,
-        operation: Operation,
+        Step { operation, dtype }: Step,
         plan: &Plan,
         reducer: Option<Reducer>,
         buffers: Buffers<'_>,
@@ -322,18 +289,18 @@ impl Engine {
         let world_size = self.transport.world_size();
         let watch = Watch::new(operation, self.timeout);
         let (frames_sent, frames_received) = (vec![0; world_size], vec![0; world_size]);
-        let mut running = Running { watch, operation, group, buffers, reducer, frames_sent, frames_received };
+        let mut running =
+            Running { watch, operation, dtype, group, buffers, reducer, frames_sent, frames_received };
         self.run_rounds(plan, &mut running)
     }
 
     /// Which way a collective with `bytes` bytes goes when ranks share memory, and why; `None` when they do
     /// not, and for what goes over links.
-    pub(crate) fn explain(&self, kind: Kind, dtype: DType, bytes: usize) -> Option<(&'static str, String)> {
+    pub(crate) fn explain(&self, kind: Kind, bytes: usize) -> Option<(&'static str, String)> {
         if self.members.len() == self.transport.world_size() {
             return self.host.as_ref()?.explain(kind, bytes);
         }
-        let levels =
-            self.levels.as_ref().filter(|_| matches!(kind, Kind::AllReduce(_)) && keeps_bits(dtype))?;
+        let levels = self.levels.as_ref().filter(|_| matches!(kind, Kind::AllReduce(_)))?;
         let (hosts, ranks) = (levels.counterparts.len(), levels.members.len());
         let network = self.network.describe();
         Some(match self.goes_in_one_step(levels, bytes) {
@@ -344,7 +311,7 @@ impl Engine {
 
     /// Whether every rank of a host takes a whole all_reduce of `bytes` bytes to the other hosts, rather than
     /// its slice. The two steps within the host that this saves count little beside the network's.
-    fn goes_in_one_step(&self, levels: &Levels, bytes: usize) -> bool {
+    pub(crate) fn goes_in_one_step(&self, levels: &Levels, bytes: usize) -> bool {
         bytes <= ONE_STEP_BYTES && self.network.one_shot_pays(levels.counterparts.len(), bytes)
     }
 
@@ -459,7 +426,7 @@ impl Engine {
 
     /// Moves all transfers of a round, in any interleaving, in order per peer.
     fn exchange(&mut self, round: &Round, running: &mut Running<'_>) -> Result<(), Error> {
-        self.scratch.make_room(round, &running.operation, self.transport.world_size());
+        self.scratch.make_room(round, running.dtype, self.transport.world_size());
         let mut sends: Vec<Outgoing> =
             round.sends.iter().map(|&transfer| self.outgoing(transfer, running)).collect();
         let mut receives: Vec<Incoming> = round
@@ -487,7 +454,7 @@ impl Engine {
         let index = &mut running.frames_sent[transfer.peer];
         let prefix = running.operation.to_prefix(*index);
         *index += 1;
-        let bytes = transfer.span.len * wire_size(transfer.place, &running.operation);
+        let bytes = transfer.span.len * wire_size(transfer.place, running.dtype);
         Outgoing { transfer, frame: OutFrame::new(0, self.transport.epoch(), &prefix, bytes) }
     }
 
@@ -499,12 +466,12 @@ impl Engine {
             if full.contains(peer) {
                 continue;
             }
-            let size = running.operation.dtype.size();
+            let size = running.dtype.size();
             let payload = match place {
                 Place::Input => running.buffers.input(span, size),
                 Place::Output => running.buffers.output(span, size),
                 Place::Partial => {
-                    let bytes = span.len * running.operation.dtype.accumulator().size();
+                    let bytes = span.len * running.dtype.accumulator().size();
                     &bytemuck::cast_slice(&self.scratch.partial)[..bytes]
                 }
                 Place::Reduced => &bytemuck::cast_slice(&self.scratch.reduced)[..span.len * size],
@@ -544,7 +511,7 @@ impl Engine {
 
     fn receive(&mut self, receive: &mut Incoming, running: &mut Running<'_>) -> Result<bool, Error> {
         let Transfer { peer, place, span } = receive.transfer;
-        let size = wire_size(place, &running.operation);
+        let size = wire_size(place, running.dtype);
         let mut moved = false;
         let mut received = match receive.received {
             Some(received) => received,
@@ -796,14 +763,31 @@ impl Engine {
         }
     }
 
+    /// Room for `bytes` bytes of a block in its accumulators, to be given back.
+    pub(crate) fn take_wide(&mut self, bytes: usize) -> Vec<u64> {
+        let mut wide = std::mem::take(&mut self.scratch.wide);
+        grow(&mut wide, words(bytes));
+        wide
+    }
+
+    /// Keeps the room for the next block.
+    pub(crate) fn give_wide(&mut self, wide: Vec<u64>) {
+        self.scratch.wide = wide;
+    }
+
+    /// The number of ranks.
+    pub(crate) fn world_size(&self) -> usize {
+        self.transport.world_size()
+    }
+
     fn peers(&self) -> impl Iterator<Item = usize> + use<> {
         let rank = self.transport.rank();
         (0..self.transport.world_size()).filter(move |&peer| peer != rank)
     }
 
     fn run_local(&mut self, local: Local, running: &mut Running<'_>) {
-        let Running { operation, group, buffers, reducer, .. } = running;
-        let size = operation.dtype.size();
+        let Running { dtype, group, buffers, reducer, .. } = running;
+        let size = dtype.size();
         let scratch = &mut self.scratch;
         let kernels = |reducer| Option::as_mut(reducer).expect("an operation that reduces has its kernels");
         match local {
@@ -849,12 +833,6 @@ enum Way {
     Host,
     /// Inside the hosts and between them.
     Levels(ReduceOp),
-}
-
-/// Whether partial sums between hosts have the elements' own type. Those of 16-bit floats would be rounded
-/// twice, and other bits would come out than without hosts.
-fn keeps_bits(dtype: DType) -> bool {
-    dtype.accumulator() == dtype
 }
 
 /// Those of `waiting_for` whose stream stands at the head of a frame, not within a payload that would be
@@ -918,10 +896,10 @@ impl Waiter for HostWaiter<'_> {
 
 impl Scratch {
     /// Grows to what the transfers and local steps of a round need. A segment bounds each part.
-    fn make_room(&mut self, round: &Round, operation: &Operation, world_size: usize) {
+    fn make_room(&mut self, round: &Round, dtype: DType, world_size: usize) {
         let staged = round.receives.iter().filter(|receive| receive.place == Place::Staged);
         let longest = staged.map(|receive| receive.span.len).max().unwrap_or(0);
-        self.staged_stride = self.staged_stride.max(words(longest * operation.dtype.size()));
+        self.staged_stride = self.staged_stride.max(words(longest * dtype.size()));
         if longest > 0 && self.staged.len() < self.staged_stride * world_size {
             self.staged.resize(self.staged_stride * world_size, 0);
         }
@@ -930,7 +908,7 @@ impl Scratch {
             Local::FinishPartial { output } => output.len,
             Local::Copy { .. } | Local::ReduceStaged { .. } | Local::ReduceStagedAside { .. } => 0,
         });
-        let needed = words(partial.max().unwrap_or(0) * operation.dtype.accumulator().size());
+        let needed = words(partial.max().unwrap_or(0) * dtype.accumulator().size());
         for buffer in [&mut self.partial, &mut self.received_partial] {
             grow(buffer, needed);
         }
@@ -938,7 +916,7 @@ impl Scratch {
             Local::ReduceStagedAside { input } => input.len,
             _ => 0,
         });
-        grow(&mut self.reduced, words(aside.max().unwrap_or(0) * operation.dtype.size()));
+        grow(&mut self.reduced, words(aside.max().unwrap_or(0) * dtype.size()));
     }
 
     fn staged(&self, peer: usize, bytes: usize) -> &[u8] {
@@ -951,10 +929,10 @@ impl Scratch {
 }
 
 /// Size of one element of a place, on the wire and in memory, in bytes.
-fn wire_size(place: Place, operation: &Operation) -> usize {
+fn wire_size(place: Place, dtype: DType) -> usize {
     match place {
-        Place::Input | Place::Output | Place::Staged | Place::Reduced => operation.dtype.size(),
-        Place::Partial => operation.dtype.accumulator().size(),
+        Place::Input | Place::Output | Place::Staged | Place::Reduced => dtype.size(),
+        Place::Partial => dtype.accumulator().size(),
     }
 }
 

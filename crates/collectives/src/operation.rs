@@ -222,6 +222,20 @@ impl Operation {
     }
 }
 
+/// A step of an operation: what it is headed by, and the type of the elements that it moves, which is another
+/// one where partial sums of 16-bit floats travel in f32.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Step {
+    pub(crate) operation: Operation,
+    pub(crate) dtype: DType,
+}
+
+impl From<Operation> for Step {
+    fn from(operation: Operation) -> Self {
+        Self { operation, dtype: operation.dtype }
+    }
+}
+
 impl fmt::Display for Operation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { dtype, count, .. } = self;

@@ -89,14 +89,21 @@ fn integers_and_16_bit_floats_have_the_same_bits_whatever_the_hosts() {
     let part = |communicator: &mut Communicator| {
         let rank = communicator.rank();
         let mut all = Vec::new();
-        for len in [7usize, 20_000] {
+        // The last one is longer than what is in f32 at a time.
+        for len in [0usize, 1, 7, 20_000, (1 << 20) + 77] {
             let mut wrapping: Vec<i32> = (0..len).map(|i| (element(rank, i) as i64 * 77) as i32).collect();
             let mut mean = wrapping.clone();
-            let mut halves: Vec<bf16> = (0..len).map(|i| bf16::from_f64(element(rank, i))).collect();
+            let halves: Vec<bf16> = (0..len).map(|i| bf16::from_f64(element(rank, i))).collect();
+            for op in [ReduceOp::Sum, ReduceOp::Avg, ReduceOp::Max] {
+                let (mut apart, mut in_place) = (vec![bf16::ZERO; len], halves.clone());
+                communicator.all_reduce_into(&halves, &mut apart, op).expect("all ranks call");
+                communicator.all_reduce(&mut in_place, op).expect("all ranks call");
+                assert!(bytes_of(&apart) == bytes_of(&in_place), "{len} {op:?}: in place or not");
+                all.extend_from_slice(bytes_of(&apart));
+            }
             communicator.all_reduce(&mut wrapping, ReduceOp::Sum).expect("all ranks call");
             communicator.all_reduce(&mut mean, ReduceOp::Avg).expect("all ranks call");
-            communicator.all_reduce(&mut halves, ReduceOp::Sum).expect("all ranks call");
-            all.extend([bytes_of(&wrapping), bytes_of(&mean), bytes_of(&halves)].concat());
+            all.extend([bytes_of(&wrapping), bytes_of(&mean)].concat());
         }
         all
     };
@@ -104,6 +111,9 @@ fn integers_and_16_bit_floats_have_the_same_bits_whatever_the_hosts() {
     let flat = on_ranks(4, Sharing::Off, &config, part);
     let levels = on_ranks(4, Sharing::WithinBlocks(2), &config, part);
     assert!(flat == levels, "the same bits on the same ranks");
+    let flat = on_ranks(6, Sharing::Off, &config, part);
+    let levels = on_ranks(6, Sharing::WithinBlocks(2), &config, part);
+    assert!(flat == levels, "the same bits on three hosts");
 }
 
 /// What all ranks together have sent to other hosts in one all_reduce of `len` f32.

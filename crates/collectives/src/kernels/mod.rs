@@ -269,6 +269,35 @@ impl Reducer {
         unsafe { (self.kernels.partial)(&[own], &[carry], count, Stores::Cached, self.world_size) };
     }
 
+    /// `wide = widen(narrow)`: elements as their accumulators, f32 for 16-bit floats.
+    ///
+    /// # Panics
+    /// If there are not as many of both, or they are not aligned.
+    pub(crate) fn widen(&self, narrow: &[u8], wide: &mut [u8]) {
+        let count = self.check_widths(narrow, wide);
+        // SAFETY: `check_widths` has checked sizes and alignment; the borrows keep the buffers apart and
+        // everybody else out. The level has been detected: `Level`.
+        unsafe { (self.kernels.partial)(&[narrow.as_ptr()], &[wide.as_mut_ptr()], count, Stores::Cached, 1) };
+    }
+
+    /// `narrow = round(wide)`, the other way. To be asked of a reducer that does not divide.
+    ///
+    /// # Panics
+    /// If there are not as many of both, or they are not aligned.
+    pub(crate) fn narrow(&self, wide: &[u8], narrow: &mut [u8]) {
+        let count = self.check_widths(narrow, wide);
+        // SAFETY: as above.
+        unsafe { (self.kernels.finish)(&[wide.as_ptr()], &[narrow.as_mut_ptr()], count, Stores::Cached, 1) };
+    }
+
+    fn check_widths(&self, narrow: &[u8], wide: &[u8]) -> usize {
+        check_alignment(self.dtype, narrow.as_ptr());
+        check_alignment(self.dtype.accumulator(), wide.as_ptr());
+        let count = narrow.len() / self.dtype.size();
+        assert_eq!(wide.len(), count * self.dtype.accumulator().size(), "as many elements of both widths");
+        count
+    }
+
     /// `carry = carry op widen(own)`.
     pub(crate) fn add_to_partial(&self, own: &[u8], carry: &mut [u64]) {
         let count = self.check_partial(own, carry);

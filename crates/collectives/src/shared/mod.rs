@@ -34,6 +34,7 @@ use self::registered::{Handles, Table};
 use self::steps::{Half, Steps};
 pub(crate) use self::tuning::{Costs, PROBES, Tuning};
 use crate::buffer::{Buffers, RawBuffers};
+use crate::dtype::DType;
 use crate::error::Error;
 use crate::kernels::{self, Reducer, Stores};
 use crate::operation::{Kind, Operation};
@@ -126,16 +127,17 @@ impl Host {
         }
     }
 
-    /// Runs a collective to its end, well or not. After an error this rank is out of step with the others.
+    /// Runs a collective to its end, well or not; its elements may be of another type than those of the operation
+    /// that it is a part of. After an error this rank is out of step with the others.
     pub(crate) fn run(
         &mut self,
-        operation: &Operation,
+        (operation, dtype): (&Operation, DType),
         plan: &Plan,
         reducer: Option<&mut Reducer>,
         buffers: &mut Buffers<'_>,
         waiter: &mut dyn Waiter,
     ) -> Result<(), Error> {
-        let (header, size) = (operation.to_prefix(0), operation.dtype.size());
+        let (header, size) = (operation.to_prefix(0), dtype.size());
         let call = &mut Call { header, size, plan, reducer, buffers: buffers.raw(size), waiter };
         match plan.schedule() {
             Schedule::Barrier => {
