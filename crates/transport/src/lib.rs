@@ -16,11 +16,16 @@
 //! | [`frame`] | the data-plane header, written by hand, and partial sends and receives of frames |
 //! | [`wire`] | control messages: the only file that knows bincode |
 
+mod close;
+mod control_lane;
+mod credentials;
 pub mod error;
 mod forming;
 pub mod frame;
 pub mod identity;
+mod io;
 pub mod mem;
+mod mesh;
 pub mod park;
 pub mod quic;
 pub mod shm;
@@ -34,6 +39,8 @@ use std::time::Instant;
 
 pub use error::Error;
 pub use forming::{Former, Forming};
+pub use io::{IoHandle, IoThread};
+pub use mesh::{Member, Roster};
 use shm::{Segments, SharedMemory};
 
 /// The longest control message a transport accepts, in bytes.
@@ -52,7 +59,7 @@ pub const CONTROL_MESSAGE_LIMIT: usize = 4096;
 /// pairs, nor data against control. Indexing a peer that is this rank or not below
 /// [`world_size`](Transport::world_size) is a defect of the caller and panics.
 pub trait Transport: Send + fmt::Debug {
-    /// A short name for logs and errors: `mem`, `quic`.
+    /// A short name for logs and errors: `mem`, `quic`, `tls`.
     fn name(&self) -> &'static str;
 
     /// This process's rank in the epoch.
