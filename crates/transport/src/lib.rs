@@ -11,6 +11,7 @@
 //! |---|---|
 //! | [`mem`] | ranks as threads of one process, over a bounded window |
 //! | [`quic`] | ranks as processes, over QUIC with mutual TLS |
+//! | [`tls`] | ranks as processes, over TCP with mutual TLS |
 //! | [`shm`] | ranks of one host, through memory that they share |
 //! | [`identity`] | the job's certificate authority and its members' identities |
 //! | [`frame`] | the data-plane header, written by hand, and partial sends and receives of frames |
@@ -29,6 +30,7 @@ mod mesh;
 pub mod park;
 pub mod quic;
 pub mod shm;
+pub mod tls;
 pub mod wire;
 
 use std::fmt;
