@@ -12,6 +12,7 @@
 //! | [`mem`] | ranks as threads of one process, over a bounded window |
 //! | [`quic`] | ranks as processes, over QUIC with mutual TLS |
 //! | [`tls`] | ranks as processes, over TCP with mutual TLS |
+//! | [`fabric`] | which of both the ranks of several hosts use |
 //! | [`shm`] | ranks of one host, through memory that they share |
 //! | [`identity`] | the job's certificate authority and its members' identities |
 //! | [`frame`] | the data-plane header, written by hand, and partial sends and receives of frames |
@@ -21,6 +22,7 @@ mod close;
 mod control_lane;
 mod credentials;
 pub mod error;
+pub mod fabric;
 mod forming;
 pub mod frame;
 pub mod identity;
@@ -40,6 +42,7 @@ use std::task::Waker;
 use std::time::Instant;
 
 pub use error::Error;
+pub use fabric::Fabric;
 pub use forming::{Former, Forming};
 pub use io::{IoHandle, IoThread};
 pub use mesh::{Member, Roster};

@@ -242,12 +242,21 @@ impl Connection {
         self.stream.remote
     }
 
-    /// The lane of typed messages in both directions, of at most [`MESSAGE_LIMIT`](wire::MESSAGE_LIMIT) bytes
-    /// each. There is one on a connection.
+    /// Opens the lane of typed messages in both directions, of at most [`MESSAGE_LIMIT`](wire::MESSAGE_LIMIT)
+    /// bytes each. There is one on a connection; the other side gets it from
+    /// [`accept_messages`](Connection::accept_messages).
     ///
     /// # Errors
     /// [`Error::Usage`] when it has been taken before.
-    pub fn messages(&self) -> Result<(MessageSender, MessageReceiver), Error> {
+    pub async fn open_messages(&self) -> Result<(MessageSender, MessageReceiver), Error> {
+        self.lane(wire::MESSAGE_LIMIT)
+    }
+
+    /// The lane that the other side [opens](Connection::open_messages).
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when it has been taken before.
+    pub async fn accept_messages(&self) -> Result<(MessageSender, MessageReceiver), Error> {
         self.lane(wire::MESSAGE_LIMIT)
     }
 
