@@ -304,6 +304,12 @@ pub struct Disguise<'a> {
 
 /// The settings of a quinn client that is not ours.
 pub fn raw_config(disguise: &Disguise<'_>) -> quinn::ClientConfig {
+    let crypto = quinn::crypto::rustls::QuicClientConfig::try_from(raw_tls_config(disguise));
+    quinn::ClientConfig::new(Arc::new(crypto.expect("a QUIC suite")))
+}
+
+/// The settings of a TLS client that is not ours.
+pub fn raw_tls_config(disguise: &Disguise<'_>) -> rustls::ClientConfig {
     let certificates = |identity: &Identity| -> Vec<CertificateDer<'static>> {
         let pem = identity.to_pem();
         CertificateDer::pem_slice_iter(pem.as_bytes()).collect::<Result<_, _>>().expect("our own PEM")
@@ -324,8 +330,7 @@ pub fn raw_config(disguise: &Disguise<'_>) -> quinn::ClientConfig {
         }
     };
     tls.alpn_protocols = vec![disguise.alpn.to_vec()];
-    let crypto = quinn::crypto::rustls::QuicClientConfig::try_from(tls).expect("a QUIC suite");
-    quinn::ClientConfig::new(Arc::new(crypto))
+    tls
 }
 
 /// A quinn endpoint that only dials, on the I/O thread `io`.
