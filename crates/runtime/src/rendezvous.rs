@@ -7,7 +7,7 @@
 //!
 //! ```text
 //! worker                                server
-//! Join{rank, world_size, port}  ─────▶
+//! Join{rank, world_size, …}     ─────▶
 //!                               ◀─────  Waiting{missing}      whenever somebody comes
 //!                               ◀─────  Roster{epoch, members}  when all are there
 //!                               ◀─────  Died{rank, cause} | Exited{rank}   from then on, or before
@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use paceline_transport::identity::Identity;
 use paceline_transport::tls::{Connection, Dialler, Endpoint, MessageReceiver, MessageSender};
-use paceline_transport::{IoHandle, Member, Roster};
+use paceline_transport::{Fabric, IoHandle, Member, Roster};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
@@ -44,11 +44,13 @@ fn rank_of(member: &str) -> Option<usize> {
 /// From a worker to the server.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Request {
-    /// `port` is where the worker is dialled by the others, on the address that it dials from.
+    /// `port` is where the worker is dialled by the others, on the address that it dials from, for links of
+    /// this kind.
     Join {
         rank: u32,
         world_size: u32,
         port: u16,
+        fabric: Fabric,
     },
     Blames {
         rank: u32,
@@ -95,6 +97,7 @@ struct State {
 struct Joined {
     member: String,
     addr: SocketAddr,
+    fabric: Fabric,
     notices: UnboundedSender<Notice>,
 }
 
@@ -169,7 +172,7 @@ impl Shared {
 
     /// Lets a member in, or says why not.
     fn join(&self, request: &Request, connection: &Connection) -> Result<UnboundedReceiver<Notice>, String> {
-        let &Request::Join { rank, world_size, port } = request else {
+        let &Request::Join { rank, world_size, port, fabric } = request else {
             return Err("the first message must be a join".to_owned());
         };
         let (rank, world_size) = (rank as usize, world_size as usize);
@@ -184,11 +187,18 @@ impl Shared {
         if rank >= world_size || state.joined.contains_key(&rank) {
             return Err(format!("rank {rank} has joined before"));
         }
+        if let Some((other, joined)) = state.joined.iter().find(|(_, joined)| joined.fabric != fabric) {
+            return Err(format!(
+                "rank {rank} wants the links `{fabric}` and rank {other} `{}`; give all ranks the same --fabric or \
+                 PACELINE_FABRIC",
+                joined.fabric
+            ));
+        }
         // Receivers live as long as their connection; a failed send means that the worker has gone.
         state.notices.iter().for_each(|notice| drop(sender.send(notice.clone())));
         let addr = SocketAddr::new(connection.remote_address().ip(), port);
         let member = connection.member().to_owned();
-        state.joined.insert(rank, Joined { member, addr, notices: sender });
+        state.joined.insert(rank, Joined { member, addr, fabric, notices: sender });
         let missing = self.missing(&state);
         tracing::info!(rank, %addr, missing = missing.len(), "joined");
         if missing.is_empty() {
@@ -288,19 +298,21 @@ const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 impl Client {
-    /// Joins as `rank`, which the others dial at `port`, and waits for all others, until `deadline`. The server
+    /// Joins as `rank`, which the others dial at `port` for links of kind `fabric`, and waits for all others, until `deadline`. The server
     /// gives up by itself and says who is missing; the deadline is for a server that says nothing.
     pub(crate) async fn join(
         dialler: Dialler,
         server: String,
-        (rank, port): (usize, u16),
+        rank: usize,
         world_size: usize,
+        (fabric, port): (Fabric, u16),
         deadline: Instant,
     ) -> Result<(Self, Roster), Error> {
         let failed = |reason: String| Error::Rendezvous { endpoint: server.clone(), reason };
         let connection = dial(&dialler, &server, deadline).await.map_err(&failed)?;
         let (mut sender, receiver) = connection.open_messages().await?;
-        sender.send(&Request::Join { rank: rank as u32, world_size: world_size as u32, port }).await?;
+        let (own_rank, ranks) = (rank as u32, world_size as u32);
+        sender.send(&Request::Join { rank: own_rank, world_size: ranks, port, fabric }).await?;
         let mut client = Self { _connection: connection, sender, receiver, early: Vec::new() };
         let mut missing = Vec::new();
         let timeout = tokio::time::sleep_until(deadline.into());

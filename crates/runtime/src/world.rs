@@ -118,8 +118,8 @@ impl World {
         let identity = read_identity(&env.identity)?;
         let mut doors = Doors::open(&io, local_addr(&env.rendezvous), &identity, fabric)?;
         let dialler = Dialler::new(&io.handle(), &identity)?;
-        let place = (env.rank, doors.port);
-        let joining = Client::join(dialler, env.rendezvous.clone(), place, env.world_size, deadline);
+        let (server, port) = (env.rendezvous.clone(), doors.port);
+        let joining = Client::join(dialler, server, env.rank, env.world_size, (fabric, port), deadline);
         let (client, roster) = io.handle().block_on(joining)??;
         // Taken back below: whoever hears of a death meanwhile never gives it back.
         let client = Arc::new(tokio::sync::Mutex::new(client));

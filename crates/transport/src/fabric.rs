@@ -17,6 +17,8 @@ use std::fmt;
 use std::io::IoSlice;
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 use crate::{Error, Transport};
 
 /// How long QUIC links may take to form. All ranks are there; a lost packet is sent again after 0.1 s, and two
@@ -49,7 +51,7 @@ const TYPICAL_BYTES: f64 = (1024 * 1024) as f64;
 const CLEARLY: f64 = 1.1;
 
 /// Which kind of links.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum Fabric {
     /// What is faster between the hosts of the job, measured when the links are formed; TLS where UDP does not

@@ -474,6 +474,22 @@ fn a_hand_made_member_that_keeps_the_rules_is_served() {
 }
 
 #[test]
+fn new_keys_in_the_middle_of_the_data_change_nothing() {
+    let mut link = HandMade::link("new-keys");
+    let bytes = pattern(8, 100_000);
+    link.data.write_all(&bytes[..50_000]).expect("the link is up");
+    // rustls asks for it in TLS 1.3 when a key has protected enough.
+    link.data.conn.refresh_traffic_keys().expect("the handshake is over");
+    link.data.write_all(&bytes[50_000..]).expect("the link is up");
+    let mut read = vec![0; bytes.len()];
+    recv_exact(&mut link.zero, 1, &mut read).expect("the link is up");
+    assert!(read == bytes);
+    send_all(&mut link.zero, 1, &bytes).expect("the link is up");
+    link.data.read_exact(&mut read).expect("under the new keys");
+    assert!(read == bytes);
+}
+
+#[test]
 fn a_goodbye_whose_data_is_cut_off_is_a_loss() {
     let mut link = HandMade::link("truncated");
     link.data.write_all(b"the beginning").expect("the link is up");

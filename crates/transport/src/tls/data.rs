@@ -40,7 +40,7 @@ pub(crate) struct DataStream {
 /// The data connection of a link.
 #[derive(Debug)]
 pub(super) struct Data {
-    pub(super) socket: Arc<StdTcpStream>,
+    pub(super) socket: StdTcpStream,
     half: Mutex<Half>,
 }
 
@@ -65,7 +65,8 @@ pub(super) struct Flusher {
 }
 
 impl DataStream {
-    pub(super) fn new(tcp: TcpStream, session: Session) -> io::Result<Self> {
+    pub(super) fn new(tcp: TcpStream, mut session: Session) -> io::Result<Self> {
+        session.expect_much();
         let socket = tcp.into_std()?;
         // A peer that computes for long leaves its window full, which this limit takes for its death. The
         // control connection looks after that.
@@ -79,7 +80,7 @@ impl Data {
         let DataStream { socket, session } = stream;
         let half =
             Half { session, backlog: Vec::new(), taken: 0, received_end: false, closed: false, sends: 0 };
-        Self { socket: Arc::new(socket), half: Mutex::new(half) }
+        Self { socket, half: Mutex::new(half) }
     }
 
     fn half(&self) -> MutexGuard<'_, Half> {
@@ -129,7 +130,7 @@ impl Data {
     pub(super) fn close(&self) {
         self.half().closed = true;
         // Fails when it is gone already.
-        let _ = rustix::net::shutdown(&*self.socket, rustix::net::Shutdown::Both);
+        let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
     }
 
     /// Sends all that is left behind, and waits for that as long as it takes.

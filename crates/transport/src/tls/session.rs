@@ -19,17 +19,20 @@ use super::endpoint::SILENCE_LIMIT;
 use crate::close::{self, with_details};
 
 /// Encrypted bytes that may wait for the socket: what one call encrypts before it sends. Eight records, so
-/// that a system call moves many and they are still in the cache; 64 KiB to 256 KiB measured alike.
+/// that a system call moves many and they are still in the cache.
 const UNSENT_LIMIT: usize = 128 * 1024;
 
-/// What one read takes from the socket. rustls by itself reads 4 KiB at a time.
-const READ_BYTES: usize = 128 * 1024;
+/// What one read takes from the socket, of messages and of data. rustls by itself reads 4 KiB at a time, which is
+/// four system calls for a full record.
+const READ_BYTES: [usize; 2] = [4 * 1024, 128 * 1024];
 
 /// A TLS connection without its socket.
 pub(super) struct Session {
     tls: rustls::Connection,
     /// Bytes read from the socket; made at the first read after the handshake.
     ahead: Box<[u8]>,
+    /// How many at a time.
+    read_bytes: usize,
     /// Those of `ahead` that rustls has not got yet.
     unread: Range<usize>,
     /// What broke the receiving direction.
@@ -79,7 +82,12 @@ impl Session {
 
     fn new(mut tls: rustls::Connection) -> Self {
         tls.set_buffer_limit(Some(UNSENT_LIMIT));
-        Self { tls, ahead: Box::default(), unread: 0..0, fault: None }
+        Self { tls, ahead: Box::default(), read_bytes: READ_BYTES[0], unread: 0..0, fault: None }
+    }
+
+    /// Takes more at a time from the socket: what comes is not a message now and then.
+    pub(super) fn expect_much(&mut self) {
+        self.read_bytes = READ_BYTES[1];
     }
 
     /// Whether the handshake goes on.
@@ -190,8 +198,8 @@ impl Session {
 
     fn try_read_more(&mut self, socket: &mut Socket<'_>) -> Result<bool, Fault> {
         if self.unread.is_empty() {
-            if self.ahead.is_empty() {
-                self.ahead = vec![0; READ_BYTES].into_boxed_slice();
+            if self.ahead.len() != self.read_bytes {
+                self.ahead = vec![0; self.read_bytes].into_boxed_slice();
             }
             match socket.read(&mut self.ahead) {
                 Ok(count) => self.unread = 0..count,

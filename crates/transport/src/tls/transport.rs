@@ -216,7 +216,7 @@ impl Transport for TlsTransport {
         let waiting = |link: &&mut Link| !link.awaits.is_empty();
         let mut links: Vec<&mut Link> = self.links.iter_mut().flatten().filter(waiting).collect();
         let mut files: Vec<PollFd<'_>> =
-            links.iter().map(|link| PollFd::new(&*link.data.socket, link.awaits)).collect();
+            links.iter().map(|link| PollFd::new(&link.data.socket, link.awaits)).collect();
         self.bell.wait(&mut files, until);
         let ready: Vec<bool> = files.iter().map(|file| !file.revents().is_empty()).collect();
         for (link, _) in links.iter_mut().zip(ready).filter(|(_, ready)| *ready) {
