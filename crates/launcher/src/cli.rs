@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, Parser, Subcommand};
+use paceline_transport::Fabric;
 
 use crate::bench::args::{BenchArgs, Flags as BenchFlags};
 use crate::binding::Binding;
@@ -48,6 +49,8 @@ pub struct RunArgs {
     pub rendezvous_timeout: Duration,
     /// Which processors the ranks run on.
     pub binding: Binding,
+    /// The kind of links between the ranks; `None` leaves it to PACELINE_FABRIC.
+    pub fabric: Option<Fabric>,
     /// The program as it was written; not empty.
     pub program: OsString,
     /// Its arguments.
@@ -125,6 +128,10 @@ struct RunFlags {
     /// Which processors the ranks run on: an equal share each if there are enough, or all
     #[arg(long, value_name = "auto|none", default_value = "auto", hide_possible_values = true)]
     bind: Binding,
+    /// The links between ranks that share no memory: QUIC, TLS over TCP, or whichever is faster [default:
+    /// PACELINE_FABRIC, else auto]
+    #[arg(long, value_name = "auto|quic|tls", value_parser = fabric)]
+    fabric: Option<Fabric>,
     /// The program and its arguments
     #[arg(required = true, trailing_var_arg = true, value_name = "PROGRAM")]
     program: Vec<OsString>,
@@ -162,6 +169,7 @@ fn run_args(flags: RunFlags, port: Option<OsString>) -> Result<RunArgs, Error> {
         timeout: flags.timeout,
         rendezvous_timeout: flags.rdzv_timeout,
         binding: flags.bind,
+        fabric: flags.fabric,
         program: program.next().filter(|name| !name.is_empty()).ok_or_else(no_program)?,
         program_args: program.collect(),
     })
@@ -189,6 +197,12 @@ fn ranks(text: &str) -> Result<u32, String> {
         .ok()
         .filter(|&n| n >= 1)
         .ok_or_else(|| "give a number of ranks from 1 on, such as 4".to_owned())
+}
+
+/// The kind of links called `text`.
+pub fn fabric(text: &str) -> Result<Fabric, String> {
+    let named = Fabric::NAMES.into_iter().find(|(name, _)| *name == text);
+    named.map(|(_, fabric)| fabric).ok_or_else(|| "choose auto, quic or tls".to_owned())
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
@@ -288,10 +302,18 @@ mod tests {
             timeout: None,
             rendezvous_timeout: Duration::from_secs(600),
             binding: Binding::Auto,
+            fabric: None,
             program: "train".into(),
             program_args: Vec::new(),
         };
         assert_eq!(args, expected);
+    }
+
+    #[test]
+    fn the_kind_of_links_is_one_that_there_is() {
+        assert_eq!(run_args("paceline run --fabric tls train").fabric, Some(Fabric::Tls));
+        let error = parse_line("paceline run --fabric tcp train").expect_err("nonsense").to_string();
+        assert!(error.contains("choose auto, quic or tls"), "{error}");
     }
 
     #[test]

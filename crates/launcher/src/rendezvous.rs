@@ -15,9 +15,8 @@ use std::time::Duration;
 
 use paceline_runtime::env::{self, JobEnv};
 use paceline_runtime::rendezvous::{LAUNCHER, Server, worker};
-use paceline_transport::Error as TransportError;
 use paceline_transport::identity::{Identity, JobAuthority};
-use paceline_transport::quic::IoThread;
+use paceline_transport::{Error as TransportError, IoThread};
 use tempfile::TempDir;
 
 use crate::cli::RunArgs;
@@ -90,10 +89,12 @@ impl Rendezvous for JobRendezvous {
             identity: identity_path(&self.folder, rank),
         };
         let timeout = self.args.timeout.map(env::timeout_var);
+        let fabric = self.args.fabric.map(env::fabric_var);
         job_env
             .to_vars()
             .into_iter()
             .chain(timeout)
+            .chain(fabric)
             .map(|(name, value)| (name.to_owned(), value.into()))
             .collect()
     }

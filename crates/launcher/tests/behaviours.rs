@@ -1,5 +1,5 @@
-//! The behaviour list between real processes that the launcher has started: on QUIC, on memory that they
-//! share, and on both, as if every two ranks were a host.
+//! The behaviour list between real processes that the launcher has started: on QUIC, on TLS, on memory that
+//! they share, and on memory and whichever of both rank 0 chooses, as if every two ranks were a host.
 
 mod job;
 
@@ -7,6 +7,7 @@ use job::{Job, trial};
 use paceline_runtime::World;
 use paceline_runtime::env::{self, JobEnv};
 use paceline_testing::{ALL, Behaviour};
+use paceline_transport::Fabric;
 use paceline_transport::shm::Sharing;
 
 fn main() {
@@ -26,17 +27,19 @@ fn main() {
     });
 }
 
-const LINKS: [&str; 3] = ["quic", "shm", "both"];
+const LINKS: [&str; 4] = ["quic", "tls", "shm", "both"];
 
 fn rank(name: &str, args: &[String]) {
     let behaviour = ALL.iter().find(|behaviour| behaviour.name == name).expect("the name is in the list");
     let env = JobEnv::from_vars(env::process).expect("the launcher knows").expect("there is a launcher");
-    let sharing = match args[0].as_str() {
-        "quic" => Sharing::Off,
-        "both" => Sharing::WithinBlocks(2),
-        _ => Sharing::Auto,
+    let (sharing, fabric) = match args[0].as_str() {
+        "quic" => (Sharing::Off, Fabric::Quic),
+        "tls" => (Sharing::Off, Fabric::Tls),
+        "both" => (Sharing::WithinBlocks(2), Fabric::Auto),
+        _ => (Sharing::Auto, Fabric::Auto),
     };
-    let world = World::join_job(&env, (behaviour.config)(), sharing).expect("all ranks are started");
+    let world = World::join_job(&env, (behaviour.config)(), sharing, fabric).expect("all ranks are started");
+    assert!(args[0] == "both" || world.links() == args[0] || env.world_size == 1, "{}", world.links());
     let (communicator, _membership) = world.into_parts();
     (behaviour.run)(communicator);
 }

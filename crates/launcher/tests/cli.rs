@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
-use std::net::UdpSocket;
+use std::net::TcpListener;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
@@ -223,7 +223,7 @@ fn a_bad_port_in_the_environment_is_refused() {
 
 #[test]
 fn an_endpoint_that_cannot_be_used_is_refused() {
-    let taken = UdpSocket::bind("127.0.0.1:0").expect("bound");
+    let taken = TcpListener::bind("127.0.0.1:0").expect("bound");
     let address = taken.local_addr().expect("bound").to_string();
     let in_use = "the port is in use; choose another one with --rdzv-endpoint";
     let line = format!("the rendezvous cannot listen on {address}: {in_use}");

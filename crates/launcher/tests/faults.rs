@@ -9,7 +9,10 @@ use std::time::Duration;
 
 use job::{Finished, Job, now_us, trial};
 use paceline_runtime::World;
-use paceline_runtime::collectives::{Error, ReduceOp};
+use paceline_runtime::collectives::{Config, Error, ReduceOp};
+use paceline_runtime::env::{self, JobEnv};
+use paceline_transport::Fabric;
+use paceline_transport::shm::Sharing;
 
 /// 64 MiB of f32: killing a rank hits the middle of an operation.
 const LARGE: usize = 16 * 1024 * 1024;
@@ -26,6 +29,7 @@ fn main() {
             trial("another_collective_is_a_mismatch_on_every_rank_within_1_s", mismatched),
             trial("a_rank_that_never_calls_is_named_by_the_others", absent),
             trial("a_rank_that_does_not_come_is_named_at_the_rendezvous", missing),
+            trial("ranks_that_want_different_links_are_told_where_they_meet", discordant),
             trial("a_rank_that_dies_before_all_have_met_ends_the_wait_of_the_others", died_early),
             trial("sigterm_to_the_launcher_ends_ranks_in_the_middle_of_an_operation", stopped),
         ]
@@ -120,6 +124,15 @@ fn died_early() {
     assert!(finished.report().starts_with("rank 2 "), "{}", finished.report());
 }
 
+fn discordant() {
+    let finished = Job::start(2, &["--fabric", "tls"], "discordant", &[]).finish();
+    let errors = finished.lines_with("failed at ");
+    assert_eq!(errors.len(), 2, "{}", finished.lines.join("\n"));
+    let told = |line: &&str| line.contains("the same --fabric or PACELINE_FABRIC");
+    let reason = errors.iter().find(|line| told(line)).expect("one of them is refused");
+    assert!(reason.contains("`tls`") && reason.contains("`quic`"), "{reason}");
+}
+
 fn stopped() {
     let mut job = Job::start(2, &["--grace", "1"], "loop", &[]);
     job.wait_for("looping", 2);
@@ -146,7 +159,7 @@ fn rank(part: &str, _: &[String]) {
 }
 
 fn play(part: &str) -> Result<(), paceline_runtime::Error> {
-    let mut world = World::join()?;
+    let mut world = if part == "discordant" { join_discordantly()? } else { World::join()? };
     let rank = world.rank();
     if matches!(part, "panic" | "exit") {
         // A rank that dies while others still make their links ends that wait, not a barrier.
@@ -171,6 +184,13 @@ fn play(part: &str) -> Result<(), paceline_runtime::Error> {
         _ => panic!("no such part: {part}"),
     }
     world.leave()
+}
+
+/// Rank 1 wants other links than its launcher says.
+fn join_discordantly() -> Result<World, paceline_runtime::Error> {
+    let env = JobEnv::from_vars(env::process)?.expect("there is a launcher");
+    let fabric = if env.rank == 1 { Fabric::Quic } else { env::fabric(env::process)? };
+    World::join_job(&env, Config::default(), Sharing::Auto, fabric)
 }
 
 fn looping(world: &mut World) -> Result<(), Error> {

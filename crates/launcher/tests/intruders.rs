@@ -5,7 +5,8 @@
 mod job;
 
 use std::fs;
-use std::net::{SocketAddr, UdpSocket};
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,7 +15,8 @@ use paceline_runtime::World;
 use paceline_runtime::collectives::ReduceOp;
 use paceline_testing::reference::Numbers;
 use paceline_transport::identity::JobAuthority;
-use paceline_transport::quic::{Endpoint, IoThread};
+use paceline_transport::tls::Dialler;
+use paceline_transport::{IoThread, quic};
 use quinn::crypto::rustls::QuicClientConfig;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::CryptoProvider;
@@ -25,53 +27,97 @@ use rustls::{DigitallySignedStruct, SignatureScheme};
 const RANKS: usize = 2;
 
 fn main() {
+    let attacks: [(&str, Attack); 3] = [
+        (
+            "a_client_without_a_certificate_is_refused_and_the_job_goes_on",
+            Attack {
+                over_udp: without_certificate,
+                over_tcp: without_certificate_over_tcp,
+                says: ["the client has no certificate"; 2],
+            },
+        ),
+        (
+            "a_client_with_another_jobs_certificate_is_refused_and_the_job_goes_on",
+            Attack {
+                over_udp: of_another_job,
+                over_tcp: of_another_job_over_tcp,
+                says: ["not of this job"; 2],
+            },
+        ),
+        (
+            "random_bytes_are_refused_and_the_job_goes_on",
+            Attack {
+                over_udp: random_bytes,
+                over_tcp: random_bytes_over_tcp,
+                says: ["not QUIC", "does not speak TLS"],
+            },
+        ),
+    ];
     job::main(rank, || {
-        vec![
-            trial("a_client_without_a_certificate_is_refused_and_the_job_goes_on", || {
-                attack(without_certificate, "the client has no certificate");
-            }),
-            trial("a_client_with_another_jobs_certificate_is_refused_and_the_job_goes_on", || {
-                attack(of_another_job, "not of this job");
-            }),
-            trial("random_bytes_are_refused_and_the_job_goes_on", || attack(random_bytes, "not QUIC")),
-        ]
+        let on = |fabric: &'static str| {
+            attacks.map(|(name, attack)| trial(format!("{name}::{fabric}"), move || attack.run(fabric)))
+        };
+        ["quic", "tls"].into_iter().flat_map(on).collect()
     });
 }
 
-/// Runs a job, attacks the rendezvous and every rank's port, and looks at the logs.
-fn attack(attacker: fn(SocketAddr), expected: &str) {
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    let stop = folder.path().join("stop");
-    let mut job = Job::start(RANKS, &[], "loop", &[stop.to_str().expect("the path is text")]);
-    let mut pids: Vec<String> = job
-        .wait_for("looping", RANKS)
-        .iter()
-        .map(|line| line.rsplit(' ').next().expect("the line ends with the pid").to_owned())
-        .collect();
-    pids.push(job.launcher.id().to_string());
-    for pid in &pids {
-        let ports = udp_ports(pid);
-        assert!(!ports.is_empty(), "process {pid} has no UDP socket");
-        ports.into_iter().for_each(|port| attacker(SocketAddr::from(([127, 0, 0, 1], port))));
-    }
-    // One line from the rendezvous and one from each rank.
-    job.wait_for(expected, RANKS + 1);
-    fs::write(&stop, "").expect("the folder can be written");
-    let finished: Finished = job.finish();
-    finished.assert_success();
-    assert_eq!(finished.lines_with("looped well").len(), RANKS, "{}", finished.lines.join("\n"));
+/// What a stranger does at a port, and what the job's log says of it, over UDP and over TCP.
+#[derive(Clone, Copy)]
+struct Attack {
+    over_udp: fn(SocketAddr),
+    over_tcp: fn(SocketAddr),
+    says: [&'static str; 2],
 }
 
-/// The UDP ports a process listens on, by the inodes of its sockets.
-fn udp_ports(pid: &str) -> Vec<u16> {
+impl Attack {
+    /// Runs a job, attacks the rendezvous and every rank's port, and looks at the logs.
+    fn run(self, fabric: &str) {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let stop = folder.path().join("stop");
+        let path = stop.to_str().expect("the path is text");
+        let mut job = Job::start(RANKS, &["--fabric", fabric], "loop", &[path]);
+        let mut pids: Vec<String> = job
+            .wait_for("looping", RANKS)
+            .iter()
+            .map(|line| line.rsplit(' ').next().expect("the line ends with the pid").to_owned())
+            .collect();
+        pids.push(job.launcher.id().to_string());
+        let mut attacked = [0; 2];
+        for pid in &pids {
+            let ports = [ports(pid, "udp"), ports(pid, "tcp")];
+            assert!(!ports.concat().is_empty(), "process {pid} has no port");
+            for ((ports, attacker), count) in
+                ports.into_iter().zip([self.over_udp, self.over_tcp]).zip(&mut attacked)
+            {
+                *count += ports.len();
+                ports.into_iter().for_each(|port| attacker(SocketAddr::from(([127, 0, 0, 1], port))));
+            }
+        }
+        let expected = if fabric == "quic" { [RANKS, 1] } else { [0, RANKS + 1] };
+        assert_eq!(attacked, expected, "UDP and TCP ports of {RANKS} ranks and the launcher");
+        // One line from the rendezvous and one from each rank.
+        for (text, count) in self.says.into_iter().zip(expected) {
+            job.wait_for(text, count);
+        }
+        fs::write(&stop, "").expect("the folder can be written");
+        let finished: Finished = job.finish();
+        finished.assert_success();
+        assert_eq!(finished.lines_with("looped well").len(), RANKS, "{}", finished.lines.join("\n"));
+    }
+}
+
+/// The ports a process listens on, by the inodes of its sockets.
+fn ports(pid: &str, protocol: &str) -> Vec<u16> {
+    /// TCP_LISTEN, and for UDP a socket that is not connected.
+    const LISTENING: [&str; 2] = ["0A", "07"];
     let sockets: Vec<String> = fs::read_dir(format!("/proc/{pid}/fd"))
         .expect("the process runs")
         .filter_map(|entry| fs::read_link(entry.ok()?.path()).ok())
         .filter_map(|link| Some(link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned()))
         .collect();
-    let table = fs::read_to_string("/proc/net/udp").expect("Linux has it");
+    let table = fs::read_to_string(format!("/proc/net/{protocol}")).expect("Linux has it");
     let rows = table.lines().skip(1).map(|line| line.split_whitespace().collect::<Vec<_>>());
-    rows.filter(|columns| sockets.iter().any(|inode| inode == columns[9]))
+    rows.filter(|columns| LISTENING.contains(&columns[3]) && sockets.iter().any(|inode| inode == columns[9]))
         .map(|columns| columns[1].split_once(':').expect("address:port").1)
         .map(|port| u16::from_str_radix(port, 16).expect("a hexadecimal port"))
         .collect()
@@ -82,7 +128,7 @@ fn of_another_job(addr: SocketAddr) {
     let authority = JobAuthority::new("another-job").expect("the name is right");
     let identity = authority.issue("worker-0", Duration::from_secs(3600)).expect("the name is right");
     let here = SocketAddr::from(([127, 0, 0, 1], 0));
-    let endpoint = Endpoint::bind(&io.handle(), here, &identity).expect("loopback has free ports");
+    let endpoint = quic::Endpoint::bind(&io.handle(), here, &identity).expect("loopback has free ports");
     // Another job's client would refuse the server as well; this one talks to anybody.
     let mut config = stranger(Some(&identity.to_pem()));
     config.alpn_protocols = vec![b"paceline/1".to_vec()];
@@ -106,6 +152,57 @@ fn random_bytes(addr: SocketAddr) {
         let bytes: Vec<u8> = (0..len).map(|_| numbers.draw() as u8).collect();
         // A full socket buffer drops datagrams, which is all right here.
         let _ = socket.send_to(&bytes, addr);
+    }
+}
+
+fn of_another_job_over_tcp(addr: SocketAddr) {
+    let io = IoThread::start().expect("a thread can be started");
+    let authority = JobAuthority::new("another-job").expect("the name is right");
+    let identity = authority.issue("worker-0", Duration::from_secs(3600)).expect("the name is right");
+    // Another job's client would refuse the server as well; this one talks to anybody.
+    dial_over_tcp(stranger(Some(&identity.to_pem())), addr);
+    let dialler = Dialler::new(&io.handle(), &identity).expect("a good identity");
+    let refused = io.handle().block_on(async move { dialler.connect(addr, "worker-0").await.is_err() });
+    assert_eq!(refused, Ok(true), "a client of another job must not get a connection");
+}
+
+fn without_certificate_over_tcp(addr: SocketAddr) {
+    dial_over_tcp(stranger(None), addr);
+}
+
+fn random_bytes_over_tcp(addr: SocketAddr) {
+    let mut socket = TcpStream::connect(addr).expect("it listens");
+    let mut numbers = Numbers(u64::from(addr.port()));
+    let bytes: Vec<u8> = (0..100_000).map(|_| numbers.draw() as u8).collect();
+    // Refused in the middle.
+    let _ = socket.write_all(&bytes);
+    until_closed(&mut socket);
+}
+
+/// Dials and waits until the server has closed the connection.
+fn dial_over_tcp(mut config: rustls::ClientConfig, addr: SocketAddr) {
+    config.alpn_protocols = vec![b"paceline-tcp/1".to_vec()];
+    let name = "somebody.example".try_into().expect("a name");
+    let mut tls = rustls::ClientConnection::new(Arc::new(config), name).expect("the settings are right");
+    let mut socket = TcpStream::connect(addr).expect("it listens");
+    socket.set_read_timeout(Some(Duration::from_secs(10))).expect("a time");
+    // In TLS 1.3 a client is done before the server has looked at its certificate.
+    let _ = tls.complete_io(&mut socket);
+    let error = rustls::Stream::new(&mut tls, &mut socket).read(&mut [0]);
+    assert!(!matches!(error, Ok(1..)), "a stranger is refused");
+    until_closed(&mut socket);
+}
+
+fn until_closed(socket: &mut TcpStream) {
+    socket.set_read_timeout(Some(Duration::from_secs(10))).expect("a time");
+    let mut buffer = [0; 1024];
+    loop {
+        match socket.read(&mut buffer) {
+            Ok(0) => return,
+            Ok(_) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return,
+            Err(error) => panic!("a stranger's connection stays open: {error}"),
+        }
     }
 }
 

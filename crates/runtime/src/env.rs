@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use paceline_collectives::{Algorithm, Config, Order};
+use paceline_transport::Fabric;
 use paceline_transport::shm::Sharing;
 
 use crate::Error;
@@ -45,6 +46,7 @@ const SEGMENT_BYTES: &str = "PACELINE_SEGMENT_BYTES";
 const ALGORITHM: &str = "PACELINE_ALGORITHM";
 const ORDER: &str = "PACELINE_ORDER";
 const SHARED_MEMORY: &str = "PACELINE_SHARED_MEMORY";
+const FABRIC: &str = "PACELINE_FABRIC";
 
 /// The largest world a launcher may announce; a typing error should not allocate links for millions.
 const WORLD_SIZE_LIMIT: usize = 65_536;
@@ -142,6 +144,19 @@ pub fn sharing(lookup: impl Fn(&str) -> Option<String>) -> Result<Sharing, Error
             reason: format!("`{value}` is none of auto, off, blocks:N"),
         }),
     }
+}
+
+/// Which links the ranks use that share no memory: `PACELINE_FABRIC`.
+///
+/// # Errors
+/// [`Error::Environment`] for a value that makes no sense.
+pub fn fabric(lookup: impl Fn(&str) -> Option<String>) -> Result<Fabric, Error> {
+    Ok(choice(&lookup, FABRIC, &Fabric::NAMES)?.unwrap_or_default())
+}
+
+/// The variable that carries the launcher's `--fabric` to the ranks.
+pub fn fabric_var(fabric: Fabric) -> (&'static str, String) {
+    (FABRIC, fabric.name().to_owned())
 }
 
 /// The variable that carries the launcher's `--timeout` to the ranks.
@@ -276,6 +291,10 @@ mod tests {
             let error = shared(nonsense).expect_err("nonsense").to_string();
             assert!(error.contains("none of auto, off, blocks:N"), "{error}");
         }
+        let links = |value: &str| fabric(lookup(vec![(FABRIC, value.to_owned())]));
+        assert_eq!((fabric(|_| None), links("quic")), (Ok(Fabric::Auto), Ok(Fabric::Quic)));
+        assert_eq!(fabric(lookup(vec![fabric_var(Fabric::Tls)])), Ok(Fabric::Tls));
+        assert!(links("tcp").expect_err("nonsense").to_string().contains("none of auto, quic, tls"));
         for (variable, value) in
             [(TIMEOUT, "0"), (TIMEOUT, "nan"), (ALGORITHM, "tree"), (ORDER, ""), (SEGMENT_BYTES, "1")]
         {

@@ -1,12 +1,13 @@
 //! Where the members of a job meet for the first time.
 //!
-//! The server runs in rank 0's launcher. Each worker dials it over QUIC with the job's certificates,
-//! says which rank it is, and gets the list of all members as soon as the last one has come. The
-//! connection stays open: over it the launcher tells the workers when one of them has died.
+//! The server runs in rank 0's launcher. Each worker dials it over TLS with the job's certificates, on TCP
+//! whatever the links between the ranks will be, so that a network that blocks UDP is no obstacle. It says
+//! which rank it is and at which port it listens, and gets the list of all members as soon as the last one
+//! has come. The connection stays open: over it the launcher tells the workers when one of them has died.
 //!
 //! ```text
 //! worker                                server
-//! Join{rank, world_size}        ─────▶
+//! Join{rank, world_size, …}     ─────▶
 //!                               ◀─────  Waiting{missing}      whenever somebody comes
 //!                               ◀─────  Roster{epoch, members}  when all are there
 //!                               ◀─────  Died{rank, cause} | Exited{rank}   from then on, or before
@@ -21,9 +22,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use paceline_transport::identity::Identity;
-use paceline_transport::quic::{
-    Connection, Endpoint, IoHandle, Member, MessageReceiver, MessageSender, Roster,
-};
+use paceline_transport::tls::{Connection, Dialler, Endpoint, MessageReceiver, MessageSender};
+use paceline_transport::{Fabric, IoHandle, Member, Roster};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
@@ -44,8 +44,17 @@ fn rank_of(member: &str) -> Option<usize> {
 /// From a worker to the server.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Request {
-    Join { rank: u32, world_size: u32 },
-    Blames { rank: u32 },
+    /// `port` is where the worker is dialled by the others, on the address that it dials from, for links of
+    /// this kind.
+    Join {
+        rank: u32,
+        world_size: u32,
+        port: u16,
+        fabric: Fabric,
+    },
+    Blames {
+        rank: u32,
+    },
 }
 
 /// From the server to a worker.
@@ -88,6 +97,7 @@ struct State {
 struct Joined {
     member: String,
     addr: SocketAddr,
+    fabric: Fabric,
     notices: UnboundedSender<Notice>,
 }
 
@@ -162,7 +172,7 @@ impl Shared {
 
     /// Lets a member in, or says why not.
     fn join(&self, request: &Request, connection: &Connection) -> Result<UnboundedReceiver<Notice>, String> {
-        let &Request::Join { rank, world_size } = request else {
+        let &Request::Join { rank, world_size, port, fabric } = request else {
             return Err("the first message must be a join".to_owned());
         };
         let (rank, world_size) = (rank as usize, world_size as usize);
@@ -177,10 +187,18 @@ impl Shared {
         if rank >= world_size || state.joined.contains_key(&rank) {
             return Err(format!("rank {rank} has joined before"));
         }
+        if let Some((other, joined)) = state.joined.iter().find(|(_, joined)| joined.fabric != fabric) {
+            return Err(format!(
+                "rank {rank} wants the links `{fabric}` and rank {other} `{}`; give all ranks the same --fabric or \
+                 PACELINE_FABRIC",
+                joined.fabric
+            ));
+        }
         // Receivers live as long as their connection; a failed send means that the worker has gone.
         state.notices.iter().for_each(|notice| drop(sender.send(notice.clone())));
-        let (member, addr) = (connection.member().to_owned(), connection.remote_address());
-        state.joined.insert(rank, Joined { member, addr, notices: sender });
+        let addr = SocketAddr::new(connection.remote_address().ip(), port);
+        let member = connection.member().to_owned();
+        state.joined.insert(rank, Joined { member, addr, fabric, notices: sender });
         let missing = self.missing(&state);
         tracing::info!(rank, %addr, missing = missing.len(), "joined");
         if missing.is_empty() {
@@ -280,19 +298,21 @@ const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 impl Client {
-    /// Joins as `rank` and waits for all others, until `deadline`. The server gives up by itself and says
-    /// who is missing; the deadline is for a server that says nothing.
+    /// Joins as `rank`, which the others dial at `port` for links of kind `fabric`, and waits for all others, until `deadline`. The server
+    /// gives up by itself and says who is missing; the deadline is for a server that says nothing.
     pub(crate) async fn join(
-        endpoint: Endpoint,
+        dialler: Dialler,
         server: String,
         rank: usize,
         world_size: usize,
+        (fabric, port): (Fabric, u16),
         deadline: Instant,
     ) -> Result<(Self, Roster), Error> {
         let failed = |reason: String| Error::Rendezvous { endpoint: server.clone(), reason };
-        let connection = dial(&endpoint, &server, deadline).await.map_err(&failed)?;
+        let connection = dial(&dialler, &server, deadline).await.map_err(&failed)?;
         let (mut sender, receiver) = connection.open_messages().await?;
-        sender.send(&Request::Join { rank: rank as u32, world_size: world_size as u32 }).await?;
+        let (own_rank, ranks) = (rank as u32, world_size as u32);
+        sender.send(&Request::Join { rank: own_rank, world_size: ranks, port, fabric }).await?;
         let mut client = Self { _connection: connection, sender, receiver, early: Vec::new() };
         let mut missing = Vec::new();
         let timeout = tokio::time::sleep_until(deadline.into());
@@ -308,7 +328,7 @@ impl Client {
                     missing = ranks;
                 }
                 Some(Notice::Roster { epoch, members }) => {
-                    let job = endpoint.identity().job().to_owned();
+                    let job = dialler.identity().job().to_owned();
                     let members = members.into_iter().map(|(name, addr)| Member { name, addr }).collect();
                     return Ok((client, Roster { job, epoch, rank, members }));
                 }
@@ -352,12 +372,12 @@ impl Client {
 }
 
 /// Resolves and dials until the server answers. Being refused is final; no answer is not.
-async fn dial(endpoint: &Endpoint, server: &str, deadline: Instant) -> Result<Connection, String> {
+async fn dial(dialler: &Dialler, server: &str, deadline: Instant) -> Result<Connection, String> {
     let mut pause = FIRST_PAUSE;
     loop {
         let reason = match tokio::net::lookup_host(server).await {
             Ok(mut addrs) => match addrs.next() {
-                Some(addr) => match endpoint.connect(addr, LAUNCHER).await {
+                Some(addr) => match dialler.connect(addr, LAUNCHER).await {
                     Ok(connection) => return Ok(connection),
                     Err(error @ paceline_transport::Error::Refused { .. }) => return Err(error.to_string()),
                     Err(error) => error.to_string(),

@@ -1,5 +1,6 @@
 //! This process's place in the job.
 
+use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
@@ -7,9 +8,11 @@ use std::time::{Duration, Instant};
 
 use paceline_collectives::{Communicator, Config, Error as CollectivesError, Interrupter};
 use paceline_transport::identity::Identity;
-use paceline_transport::quic::{Endpoint, IoThread, QuicTransport};
+use paceline_transport::quic::QuicTransport;
 use paceline_transport::shm::{self, Sharing};
-use paceline_transport::{Transport, mem};
+use paceline_transport::tls::{Dialler, TlsTransport};
+use paceline_transport::{Error as TransportError, Fabric, IoThread, Roster, Transport, fabric, mem};
+use paceline_transport::{quic, tls};
 use tokio::sync::oneshot;
 
 use crate::Error;
@@ -30,6 +33,7 @@ pub struct World {
     world_size: usize,
     local_rank: usize,
     local_world_size: usize,
+    links: &'static str,
     communicator: Communicator,
     /// Dropped last: it carries the communicator's links.
     membership: Membership,
@@ -46,9 +50,22 @@ pub struct Membership {
 #[derive(Debug)]
 struct Job {
     watcher: tokio::task::JoinHandle<()>,
-    _endpoint: Endpoint,
+    _doors: Doors,
     _io: IoThread,
 }
+
+/// Where the other ranks dial this one: the same port number over UDP and TCP, if both are there.
+#[derive(Debug)]
+struct Doors {
+    quic: Option<quic::Endpoint>,
+    tls: Option<tls::Endpoint>,
+    /// Whether the ranks are to choose between both.
+    choose: bool,
+    port: u16,
+}
+
+/// Ports that were free for TCP and taken for UDP before that is an error.
+const PORT_TRIES: u32 = 32;
 
 impl World {
     /// Takes this process's place in the job that its launcher describes in the environment, with the
@@ -69,7 +86,9 @@ impl World {
     /// As [`join`](Self::join).
     pub fn join_with(config: Config) -> Result<Self, Error> {
         match JobEnv::from_vars(env::process)? {
-            Some(env) => Self::join_job(&env, config, env::sharing(env::process)?),
+            Some(env) => {
+                Self::join_job(&env, config, env::sharing(env::process)?, env::fabric(env::process)?)
+            }
             None => Self::alone(config),
         }
     }
@@ -82,28 +101,32 @@ impl World {
             world_size: 1,
             local_rank: 0,
             local_world_size: 1,
+            links: "none",
             communicator,
             membership: Membership { _job: None },
         })
     }
 
-    /// Takes the place that `env` describes, sharing memory with ranks of this host or not; [`join`](Self::join) reads it from the environment.
+    /// Takes the place that `env` describes, sharing memory with ranks of this host or not, with links of this
+    /// kind to the others; [`join`](Self::join) reads all three from the environment.
     ///
     /// # Errors
     /// As [`join`](Self::join).
-    pub fn join_job(env: &JobEnv, config: Config, sharing: Sharing) -> Result<Self, Error> {
+    pub fn join_job(env: &JobEnv, config: Config, sharing: Sharing, fabric: Fabric) -> Result<Self, Error> {
         let deadline = Instant::now() + env.rendezvous_timeout + SERVER_GRACE;
         let io = IoThread::start()?;
         let identity = read_identity(&env.identity)?;
-        let endpoint = Endpoint::bind(&io.handle(), local_addr(&env.rendezvous), &identity)?;
-        let joining =
-            Client::join(endpoint.clone(), env.rendezvous.clone(), env.rank, env.world_size, deadline);
+        let mut doors = Doors::open(&io, local_addr(&env.rendezvous), &identity, fabric)?;
+        let dialler = Dialler::new(&io.handle(), &identity)?;
+        let (server, port) = (env.rendezvous.clone(), doors.port);
+        let joining = Client::join(dialler, server, env.rank, env.world_size, (fabric, port), deadline);
         let (client, roster) = io.handle().block_on(joining)??;
         // Taken back below: whoever hears of a death meanwhile never gives it back.
         let client = Arc::new(tokio::sync::Mutex::new(client));
-        let death = first_death(client.clone());
-        let transport = QuicTransport::connect_unless(&endpoint, roster, deadline, death)?;
-        let transport = share_memory(&io, client.clone(), Box::new(transport), sharing, deadline)?;
+        let one_host = env.local_world_size == env.world_size && sharing == Sharing::Auto;
+        let transport = doors.link(&io, &client, roster, one_host, deadline)?;
+        let transport =
+            unless_a_rank_dies(&io, &client, |death| shm::upgrade(transport, sharing, deadline, death))?;
         let links = transport.name();
         let mut communicator = Communicator::new(transport, config)?;
         tracing::info!(rank = env.rank, world_size = env.world_size, links, "all ranks are connected");
@@ -124,8 +147,9 @@ impl World {
             world_size: env.world_size,
             local_rank: env.local_rank,
             local_world_size: env.local_world_size,
+            links,
             communicator,
-            membership: Membership { _job: Some(Job { watcher, _endpoint: endpoint, _io: io }) },
+            membership: Membership { _job: Some(Job { watcher, _doors: doors, _io: io }) },
         })
     }
 
@@ -147,6 +171,12 @@ impl World {
     /// The number of ranks on this host.
     pub fn local_world_size(&self) -> usize {
         self.local_world_size
+    }
+
+    /// The kind of links between the ranks: `shm` where all share memory, `quic` or `tls` where none do,
+    /// `shm+quic` or `shm+tls` between several hosts, `none` in a world of one without a launcher.
+    pub fn links(&self) -> &'static str {
+        self.links
     }
 
     /// The communicator of all ranks.
@@ -177,22 +207,85 @@ impl Drop for Job {
     }
 }
 
-/// Lets the ranks share memory if they are all on this host; gives up when one of them dies meanwhile.
-fn share_memory(
+impl Doors {
+    fn open(io: &IoThread, addr: SocketAddr, identity: &Identity, fabric: Fabric) -> Result<Self, Error> {
+        let io = io.handle();
+        if fabric == Fabric::Quic {
+            let quic = quic::Endpoint::bind(&io, addr, identity)?;
+            let port = quic.local_addr().port();
+            return Ok(Self { quic: Some(quic), tls: None, choose: false, port });
+        }
+        let mut tries = PORT_TRIES;
+        loop {
+            let tls = tls::Endpoint::bind(&io, addr, identity)?;
+            let port = tls.local_addr().port();
+            if fabric == Fabric::Tls {
+                return Ok(Self { quic: None, tls: Some(tls), choose: false, port });
+            }
+            match quic::Endpoint::bind(&io, SocketAddr::new(addr.ip(), port), identity) {
+                Ok(quic) => return Ok(Self { quic: Some(quic), tls: Some(tls), choose: true, port }),
+                Err(TransportError::Bind { kind: ErrorKind::AddrInUse, .. }) if tries > 0 => tries -= 1,
+                Err(error) => {
+                    // A sandbox without UDP: the links will be TLS, on all ranks.
+                    tracing::info!(%error, "no UDP socket");
+                    return Ok(Self { quic: None, tls: Some(tls), choose: true, port });
+                }
+            }
+        }
+    }
+
+    /// Links up with the other ranks, and closes the door that is not needed any more.
+    fn link(
+        &mut self,
+        io: &IoThread,
+        client: &Arc<tokio::sync::Mutex<Client>>,
+        roster: Roster,
+        one_host: bool,
+        deadline: Instant,
+    ) -> Result<Box<dyn Transport>, Error> {
+        let death = first_death(client.clone());
+        let (Some(door), quic_door) = (&self.tls, &self.quic) else {
+            let door = self.quic.as_ref().expect("there is one of both");
+            return Ok(Box::new(QuicTransport::connect_unless(door, roster, deadline, death)?));
+        };
+        let tls = Box::new(TlsTransport::connect_unless(door, roster.clone(), deadline, death)?);
+        if !self.choose {
+            return Ok(tls);
+        }
+        let other_host = |rank: &usize| roster.members[*rank].addr.ip() != roster.members[0].addr.ip();
+        let probe = (1..roster.members.len()).find(other_host).unwrap_or(1);
+        let form_quic = |deadline| -> Result<Box<dyn Transport>, TransportError> {
+            match quic_door {
+                Some(door) => Ok(Box::new(QuicTransport::connect(door, roster, deadline)?)),
+                None => Err(TransportError::Usage { reason: "this rank has no UDP socket".to_owned() }),
+            }
+        };
+        let chosen = unless_a_rank_dies(io, client, |death| {
+            fabric::choose(tls, form_quic, (one_host, probe), deadline, death)
+        })?;
+        match chosen.name() {
+            "quic" => self.tls = None,
+            _ => self.quic = None,
+        }
+        Ok(chosen)
+    }
+}
+
+/// Runs `forming` with a question that it asks now and then: whether a rank has died meanwhile, so that it is
+/// to give up.
+fn unless_a_rank_dies<T>(
     io: &IoThread,
-    client: Arc<tokio::sync::Mutex<Client>>,
-    transport: Box<dyn Transport>,
-    sharing: Sharing,
-    deadline: Instant,
-) -> Result<Box<dyn Transport>, Error> {
+    client: &Arc<tokio::sync::Mutex<Client>>,
+    forming: impl FnOnce(&dyn Fn() -> Option<String>) -> Result<T, TransportError>,
+) -> Result<T, Error> {
     let death = Arc::new(OnceLock::new());
-    let heard = death.clone();
+    let (heard, client) = (death.clone(), client.clone());
     let listener = io.handle().spawn(async move {
         let _ = heard.set(first_death(client).await);
     });
-    let transport = shm::upgrade(transport, sharing, deadline, &|| death.get().cloned());
+    let formed = forming(&|| death.get().cloned());
     listener.abort();
-    Ok(transport?)
+    Ok(formed?)
 }
 
 /// Completes when a rank has ended before all links were made, with the reason.

@@ -48,6 +48,14 @@ pub enum Error {
         /// Why, in words.
         reason: String,
     },
+    /// Nobody answers at an address: no such host, or nothing listens there yet.
+    #[error("nobody answers at {remote}: {reason}")]
+    Unreachable {
+        /// The address that was dialled.
+        remote: SocketAddr,
+        /// The operating system's reason.
+        reason: String,
+    },
     /// A local socket could not be opened.
     #[error("cannot listen on {addr}: {reason}")]
     Bind {

@@ -11,19 +11,28 @@
 //! |---|---|
 //! | [`mem`] | ranks as threads of one process, over a bounded window |
 //! | [`quic`] | ranks as processes, over QUIC with mutual TLS |
+//! | [`tls`] | ranks as processes, over TCP with mutual TLS |
+//! | [`fabric`] | which of both the ranks of several hosts use |
 //! | [`shm`] | ranks of one host, through memory that they share |
 //! | [`identity`] | the job's certificate authority and its members' identities |
 //! | [`frame`] | the data-plane header, written by hand, and partial sends and receives of frames |
 //! | [`wire`] | control messages: the only file that knows bincode |
 
+mod close;
+mod control_lane;
+mod credentials;
 pub mod error;
+pub mod fabric;
 mod forming;
 pub mod frame;
 pub mod identity;
+mod io;
 pub mod mem;
+mod mesh;
 pub mod park;
 pub mod quic;
 pub mod shm;
+pub mod tls;
 pub mod wire;
 
 use std::fmt;
@@ -33,7 +42,10 @@ use std::task::Waker;
 use std::time::Instant;
 
 pub use error::Error;
+pub use fabric::Fabric;
 pub use forming::{Former, Forming};
+pub use io::{IoHandle, IoThread};
+pub use mesh::{Member, Roster};
 use shm::{Segments, SharedMemory};
 
 /// The longest control message a transport accepts, in bytes.
@@ -52,7 +64,7 @@ pub const CONTROL_MESSAGE_LIMIT: usize = 4096;
 /// pairs, nor data against control. Indexing a peer that is this rank or not below
 /// [`world_size`](Transport::world_size) is a defect of the caller and panics.
 pub trait Transport: Send + fmt::Debug {
-    /// A short name for logs and errors: `mem`, `quic`.
+    /// A short name for logs and errors: `mem`, `quic`, `tls`.
     fn name(&self) -> &'static str;
 
     /// This process's rank in the epoch.

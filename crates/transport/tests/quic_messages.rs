@@ -1,13 +1,13 @@
 //! Typed message lanes on a connection between two members.
 
-mod quic_common;
+mod common;
 
 use std::time::Duration;
 
+use common::*;
 use paceline_transport::quic::{Connection, IoThread};
 use paceline_transport::wire::{MESSAGE_LIMIT, WireError};
 use paceline_transport::{Error, wire};
-use quic_common::*;
 use serde::{Deserialize, Serialize};
 
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,15 +1,15 @@
 //! Who is turned away, what is logged about it, and that the job goes on.
 
-mod quic_common;
+mod common;
 
 use std::io::IoSlice;
 use std::net::{SocketAddr, UdpSocket};
 use std::time::{Duration, Instant, SystemTime};
 
+use common::*;
 use paceline_transport::identity::Identity;
 use paceline_transport::quic::{Connection, Endpoint, IoThread, QuicTransport, Roster};
 use paceline_transport::{CONTROL_MESSAGE_LIMIT, Error, Transport};
-use quic_common::*;
 use serde::Serialize;
 
 const ALPN: &[u8] = b"paceline/1";
@@ -324,7 +324,7 @@ fn nobody_at_the_address_is_an_error_in_time() {
 #[test]
 fn random_datagrams_are_logged_and_the_job_goes_on() {
     log();
-    let (group, mut zero, mut one) = pair("garbage");
+    let (group, mut zero, mut one) = pair::<Quic>("garbage");
     let garbage = UdpSocket::bind(loopback()).expect("a free port");
     let target = group.endpoints[0].local_addr();
     let noise = pattern(99, 10_000 * 64);
@@ -354,7 +354,7 @@ fn random_datagrams_are_logged_and_the_job_goes_on() {
 
 /// Tries to join `group` as somebody else would, and returns why it did not work.
 fn fails_to_join(
-    group: &Group,
+    group: &Group<Quic>,
     identity: &Identity,
     roster: impl FnOnce(Roster) -> Roster,
 ) -> (String, SocketAddr) {
@@ -370,7 +370,7 @@ fn fails_to_join(
 #[test]
 fn late_and_strange_links_are_refused_and_the_job_goes_on() {
     log();
-    let (group, mut zero, mut one) = pair("intruders");
+    let (group, mut zero, mut one) = pair::<Quic>("intruders");
     let refused = |member: &Identity, roster: fn(Roster) -> Roster, says: &str| {
         let (error, addr) = fails_to_join(&group, member, roster);
         assert!(error.contains(says), "{error}");
@@ -394,13 +394,13 @@ struct HandMade {
     data: quinn::SendStream,
     io: IoThread,
     _unread: (quinn::RecvStream, quinn::RecvStream),
-    _group: Group,
+    _group: Group<Quic>,
 }
 
 impl HandMade {
     fn link(job: &'static str) -> Self {
         log();
-        let group = Group::bind(job, 2);
+        let group = Group::<Quic>::bind(job, 2);
         let io = IoThread::start().expect("a thread");
         let member = group.endpoints[1].identity().clone();
         let config = raw_config(&Disguise { shows: Some(&member), trusts: &member, alpn: ALPN });

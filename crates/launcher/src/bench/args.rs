@@ -6,9 +6,11 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args};
 use paceline_runtime::collectives::{DType, ReduceOp};
+use paceline_transport::Fabric;
 
 use super::collective::{Collective, Place, Shape};
 use super::reference::OPS;
+use crate::cli::fabric;
 use crate::error::Error;
 
 /// The most ranks that are started on one machine; beyond it is a typing error.
@@ -51,6 +53,8 @@ pub struct BenchArgs {
     pub output: Output,
     /// Whether the buffers lie in memory that all ranks have mapped.
     pub registered: bool,
+    /// The kind of links between the ranks; `None` leaves it to PACELINE_FABRIC.
+    pub fabric: Option<Fabric>,
     /// Where a plot goes.
     pub plot: Option<PathBuf>,
     iterations: Option<u32>,
@@ -209,6 +213,9 @@ pub struct Flags {
     /// Take buffers that all ranks of the host have mapped, so that nothing is staged
     #[arg(long)]
     registered: bool,
+    /// The links between ranks that share no memory [default: PACELINE_FABRIC, else auto]
+    #[arg(long, value_name = "auto|quic|tls", value_parser = fabric)]
+    fabric: Option<Fabric>,
     /// OSU's loop and columns: each call timed by itself, with a barrier after it
     #[arg(long)]
     osu: bool,
@@ -265,6 +272,7 @@ impl Flags {
                 _ => Output::Table,
             },
             registered: self.registered,
+            fabric: self.fabric,
             plot: self.plot,
             iterations: self.iterations,
             warmup: self.warmup,

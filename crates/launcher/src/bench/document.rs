@@ -35,6 +35,7 @@ struct Parameters {
 #[derive(Serialize)]
 struct Job<'a> {
     ranks: u32,
+    links: &'a str,
     ranks_per_cpu: f64,
     /// Wrong elements of all ranks and sizes.
     out_of_bounds: Option<u64>,
@@ -50,6 +51,7 @@ impl<'a> Document<'a> {
         let cpus = machine.cpus as f64;
         let job = |run: &'a Run| Job {
             ranks: run.ranks,
+            links: &run.links,
             ranks_per_cpu: f64::from(run.ranks) / cpus,
             out_of_bounds: run.wrong(),
             avg_busbw_gb_s: run.average_busbw(),

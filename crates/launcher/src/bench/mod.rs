@@ -114,7 +114,7 @@ fn run_ranks(args: &BenchArgs, ranks: u32, console: &Console) -> Result<Ended, E
         let results = results.join().expect("the collector has no panics");
         match outcome? {
             (0, _) => {
-                let rows = results?;
+                let (links, rows) = results?;
                 let expected = args.rows(ranks).len();
                 if rows.len() != expected {
                     let why = format!("{} of {expected} sizes came", rows.len());
@@ -123,7 +123,7 @@ fn run_ranks(args: &BenchArgs, ranks: u32, console: &Console) -> Result<Ended, E
                         why,
                     });
                 }
-                Ok(Ended::Well(Run { ranks, rows }))
+                Ok(Ended::Well(Run { ranks, links, rows }))
             }
             (exit_code, report) => Ok(Ended::Badly { exit_code, report }),
         }
@@ -144,6 +144,7 @@ fn job(args: &BenchArgs, ranks: u32, inbox: &Inbox) -> Result<RunArgs, Error> {
         timeout: None,
         rendezvous_timeout: RENDEZVOUS_TIMEOUT,
         binding: Binding::Auto,
+        fabric: args.fabric,
         program: program.into(),
         program_args: own.into_iter().chain(args.words.iter().cloned()).collect(),
     })
@@ -151,13 +152,26 @@ fn job(args: &BenchArgs, ranks: u32, inbox: &Inbox) -> Result<RunArgs, Error> {
 
 /// Makes rows of what the ranks report, until the job is over. After an error it goes on to take messages, for the ranks
 /// wait until theirs are taken.
-fn collect(args: &BenchArgs, ranks: u32, inbox: &Inbox, console: &Console) -> Result<Vec<Row>, Error> {
+fn collect(
+    args: &BenchArgs,
+    ranks: u32,
+    inbox: &Inbox,
+    console: &Console,
+) -> Result<(String, Vec<Row>), Error> {
     let mut collector = Collector::new(args, ranks);
     let mut progress = Progress::new(args, ranks, console);
     let mut rows = Vec::new();
+    let mut links = String::new();
     let mut failure = None;
     loop {
         let row = match inbox.next() {
+            Ok(News::Message(Message::Joined { links: kind })) => {
+                if args.output != Output::Json {
+                    console.print(Stream::Out, table::links(&kind).into_bytes());
+                }
+                links = kind;
+                None
+            }
             Ok(News::Message(Message::Measured(measured))) => collector.add(measured),
             Ok(News::Message(Message::Explained { row, schedule })) => {
                 collector.explain(row, schedule);
@@ -179,7 +193,7 @@ fn collect(args: &BenchArgs, ranks: u32, inbox: &Inbox, console: &Console) -> Re
         }
         progress.tell(rows.len(), &collector);
     }
-    failure.map_or(Ok(rows), Err)
+    failure.map_or(Ok((links, rows)), Err)
 }
 
 /// Says on stderr how far it is, where the table does not show it.

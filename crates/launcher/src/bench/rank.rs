@@ -17,6 +17,11 @@ use crate::error::Error;
 /// One datagram to the launcher, as JSON.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Message {
+    /// The ranks are connected; from rank 0 alone.
+    Joined {
+        /// The kind of links between them: `shm`, `quic`, `tls`, or memory and one of both.
+        links: String,
+    },
     /// Which schedule runs a row; from rank 0 alone.
     Explained {
         /// The index of the row.
@@ -51,6 +56,7 @@ pub fn run(args: &BenchArgs, report: &Path) -> Result<(), Error> {
     let launcher = Launcher { socket, path: report.to_owned() };
     let mut world = World::join().map_err(|e| failed("joining the job", &e))?;
     if world.rank() == 0 {
+        launcher.tell(&Message::Joined { links: world.links().to_owned() })?;
         explain(world.communicator(), args, &launcher)?;
     }
     if args.output != Output::Explain {

@@ -52,6 +52,11 @@ pub fn foot(run: &Run) -> String {
     format!("# Out of bounds values : {verdict}\n# Avg bus bandwidth : {:.6}\n#\n", run.average_busbw())
 }
 
+/// What the ranks are connected by, as they say when they are.
+pub fn links(kind: &str) -> String {
+    format!("# links: {kind}\n")
+}
+
 /// Times and bandwidths of several numbers of ranks, side by side; empty for one.
 pub fn scaling(args: &BenchArgs, runs: &[Run]) -> String {
     if runs.len() < 2 {
@@ -225,7 +230,7 @@ mod tests {
 
     #[test]
     fn the_foot_says_what_was_wrong() {
-        let run = |wrong| Run { ranks: 2, rows: vec![a_row(1000, 0.5, wrong)] };
+        let run = |wrong| Run { ranks: 2, links: String::new(), rows: vec![a_row(1000, 0.5, wrong)] };
         assert_eq!(foot(&run(Some(0))), "# Out of bounds values : 0 OK\n# Avg bus bandwidth : 2.000000\n#\n");
         assert!(foot(&run(Some(3))).starts_with("# Out of bounds values : 3 FAILED\n"));
         assert!(foot(&run(None)).starts_with("# Out of bounds values : not checked\n"));
@@ -250,6 +255,7 @@ mod tests {
     fn the_scaling_table_has_a_column_for_every_number_of_ranks() {
         let args = args("all_gather --ranks 1..2");
         let run = |ranks, sizes: &[u64]| Run {
+            links: String::new(),
             ranks,
             rows: sizes.iter().map(|&size| a_row(size, size as f64 / f64::from(ranks), None)).collect(),
         };

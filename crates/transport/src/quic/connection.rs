@@ -9,6 +9,7 @@ use serde::de::DeserializeOwned;
 
 use super::close::{self, CloseCode, in_words};
 use crate::Error;
+use crate::control_lane::{End, LinkConnection, MessageIn, MessageOut};
 use crate::wire::{self, WireError};
 
 /// A connection to a member of the job whose certificate was verified, and which has said hello.
@@ -99,14 +100,6 @@ impl Connection {
         self.close_with(CloseCode::Finished, reason);
     }
 
-    pub(super) fn close_with(&self, code: CloseCode, reason: &str) {
-        close::close(&self.quinn, code, reason);
-    }
-
-    pub(super) fn quinn(&self) -> &quinn::Connection {
-        &self.quinn
-    }
-
     pub(super) async fn open(
         &self,
         lane: Lane,
@@ -145,6 +138,51 @@ impl Connection {
 
     fn gone(&self, reason: &str) -> Error {
         gone(self.remote_address(), reason)
+    }
+}
+
+impl LinkConnection for Connection {
+    type Sender = MessageSender;
+    type Receiver = MessageReceiver;
+    type Data = (SendStream, RecvStream);
+
+    fn member(&self) -> &str {
+        self.member()
+    }
+
+    fn remote_address(&self) -> SocketAddr {
+        self.remote_address()
+    }
+
+    fn close_with(&self, code: CloseCode, reason: &str) {
+        close::close(&self.quinn, code, reason);
+    }
+
+    fn close_reason(&self) -> Option<String> {
+        self.quinn.close_reason().map(|error| in_words(&error))
+    }
+
+    async fn ended(&self) -> End {
+        match self.quinn.closed().await {
+            error if CloseCode::Left.is_in(&error) => End::Left,
+            error => End::Lost(in_words(&error)),
+        }
+    }
+}
+
+impl MessageOut for MessageSender {
+    async fn send<T: Serialize + Sync>(&mut self, message: &T) -> Result<(), Error> {
+        self.send(message).await
+    }
+
+    async fn finish(self) -> Result<(), Error> {
+        self.finish().await
+    }
+}
+
+impl MessageIn for MessageReceiver {
+    async fn recv<T: DeserializeOwned + Send>(&mut self) -> Result<Option<T>, Error> {
+        self.recv().await
     }
 }
 

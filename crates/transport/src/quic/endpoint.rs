@@ -14,11 +14,13 @@ use tokio::time::timeout;
 use super::close::{self, CloseCode, in_words};
 use super::congestion::CubicUntilClose;
 use super::connection::{Connection, Lane, gone, remote_address};
-use super::io::{IoHandle, Task};
 use super::socket::{self, GuardedSocket};
 use super::tls;
 use crate::Error;
+use crate::control_lane::LinkConnection;
 use crate::identity::{Identity, MemberName};
+use crate::io::{IoHandle, Task};
+use crate::mesh::{self, CONTROL_LIMIT, DataOf, LinkEndpoint};
 
 /// The version of everything that is said after the TLS handshake. Raised when messages change; the
 /// refusal then names both versions.
@@ -35,6 +37,9 @@ const RETRY_FROM: usize = 64;
 
 /// Accepted connections that may wait for [`Endpoint::accept`].
 const ACCEPTED_LIMIT: usize = 1024;
+
+/// The priority of control lanes; data has 0.
+const CONTROL_PRIORITY: i32 = 1;
 
 /// The longest hello, in bytes: a job name and a number.
 const HELLO_LIMIT: usize = 256;
@@ -130,7 +135,7 @@ impl Endpoint {
     /// [`Error::Refused`] when the other side is not that member or does not take us,
     /// [`Error::TimedOut`] when nobody answers, [`Error::Usage`] when the I/O thread has stopped.
     pub async fn connect(&self, addr: SocketAddr, member: &str) -> Result<Connection, Error> {
-        self.connect_within(addr, member, HANDSHAKE_LIMIT).await
+        LinkEndpoint::connect_within(self, addr, member, HANDSHAKE_LIMIT).await
     }
 
     /// Waits for the next member to dial us. Clients that are refused are logged and skipped.
@@ -141,26 +146,6 @@ impl Endpoint {
     pub async fn accept(&self) -> Result<Connection, Error> {
         let closed = || Error::Usage { reason: "the endpoint is closed".to_owned() };
         self.shared.accepted.lock().await.recv().await.ok_or_else(closed)
-    }
-
-    /// As [`connect`](Endpoint::connect), for at most `limit`.
-    pub(super) async fn connect_within(
-        &self,
-        addr: SocketAddr,
-        member: &str,
-        limit: Duration,
-    ) -> Result<Connection, Error> {
-        let (this, member) = (self.clone(), member.to_owned());
-        let dial = async move {
-            timeout(limit, this.dial(addr, &member)).await.unwrap_or_else(|_| {
-                Err(Error::TimedOut { what: format!("an answer from {member} at {addr}"), elapsed: limit })
-            })
-        };
-        self.shared.io.run(dial).await?
-    }
-
-    pub(super) fn io(&self) -> &IoHandle {
-        &self.shared.io
     }
 
     async fn dial(&self, addr: SocketAddr, member: &str) -> Result<Connection, Error> {
@@ -179,6 +164,62 @@ impl Endpoint {
             Some(_) => Ok(connection),
             None => Err(gone(addr, "it ended the conversation without a welcome")),
         }
+    }
+}
+
+impl LinkEndpoint for Endpoint {
+    type Connection = Connection;
+
+    fn io(&self) -> &IoHandle {
+        &self.shared.io
+    }
+
+    async fn accept(&self) -> Result<Connection, Error> {
+        self.accept().await
+    }
+
+    async fn connect_within(
+        &self,
+        addr: SocketAddr,
+        member: &str,
+        limit: Duration,
+    ) -> Result<Connection, Error> {
+        let (this, member) = (self.clone(), member.to_owned());
+        let dial = async move {
+            timeout(limit, this.dial(addr, &member)).await.unwrap_or_else(|_| {
+                Err(Error::TimedOut { what: format!("an answer from {member} at {addr}"), elapsed: limit })
+            })
+        };
+        self.shared.io.run(dial).await?
+    }
+
+    async fn open_control(connection: &Connection) -> Result<mesh::Lane<Self>, Error> {
+        let (sender, receiver) = connection.open(Lane::Messages, CONTROL_LIMIT).await?;
+        sender.set_priority(CONTROL_PRIORITY);
+        Ok((sender, receiver))
+    }
+
+    async fn accept_control(connection: &Connection) -> Result<mesh::Lane<Self>, Error> {
+        let (sender, receiver) = connection.accept(Lane::Messages, CONTROL_LIMIT).await?;
+        sender.set_priority(CONTROL_PRIORITY);
+        Ok((sender, receiver))
+    }
+
+    async fn open_data(
+        &self,
+        connection: &Connection,
+        _addr: SocketAddr,
+        _control: &mut mesh::Lane<Self>,
+    ) -> Result<DataOf<Self>, Error> {
+        connection.open_stream(Lane::Data).await
+    }
+
+    async fn accept_data(
+        &self,
+        connection: &Connection,
+        _control: &mut mesh::Lane<Self>,
+    ) -> Result<DataOf<Self>, Error> {
+        connection.accept_stream(Lane::Data).await
     }
 }
 

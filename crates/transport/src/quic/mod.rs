@@ -13,14 +13,12 @@
 //!
 //! | file | what it does |
 //! |---|---|
-//! | `io` | the I/O thread and the handle to it |
-//! | `tls` | rustls and quinn settings |
+//! | `tls` | quinn's settings |
 //! | `socket` | the UDP socket: batch limit, and datagrams that are not QUIC |
 //! | `congestion` | Cubic, with a way out for the close frame |
 //! | `close` | close codes, and connection errors in words |
 //! | `connection` | an authenticated connection and its message lanes |
 //! | `endpoint` | dialling and accepting; who is let in |
-//! | `mesh` | one link to every other rank of an epoch |
 //! | `transport` | the links as a [`Transport`](crate::Transport) |
 //!
 //! What this module refuses: TLS below 1.3, peers without a certificate of the job, session
@@ -31,14 +29,13 @@ mod close;
 mod congestion;
 mod connection;
 mod endpoint;
-mod io;
-mod mesh;
 mod socket;
 mod tls;
 mod transport;
 
 pub use connection::{Connection, MessageReceiver, MessageSender};
 pub use endpoint::Endpoint;
-pub use io::{IoHandle, IoThread};
-pub use mesh::{Member, Roster};
 pub use transport::QuicTransport;
+
+pub use crate::io::{IoHandle, IoThread};
+pub use crate::mesh::{Member, Roster};

@@ -1,19 +1,16 @@
-//! Settings of rustls and quinn.
+//! Settings of quinn.
 //!
-//! The rustls configurations are built here because quinn's own constructors turn 0-RTT on.
+//! The rustls configurations come from `credentials`, as quinn's own constructors turn 0-RTT on.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{EndpointConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
-use rustls::client::Resumption;
-use rustls::crypto::{CryptoProvider, aws_lc_rs};
-use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
-use rustls::{CipherSuite, RootCertStore};
 
 use super::congestion::CubicUntilClose;
 use crate::Error;
+use crate::credentials::{self, unusable};
 use crate::identity::Identity;
 
 /// The protocol's name in the TLS handshake. The number is raised when releases cannot talk any more.
@@ -59,15 +56,7 @@ pub(super) fn client_config(
     identity: &Identity,
     congestion: &CubicUntilClose,
 ) -> Result<quinn::ClientConfig, Error> {
-    let mut tls = rustls::ClientConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .map_err(unusable)?
-        .with_root_certificates(roots(identity)?)
-        .with_client_auth_cert(vec![identity.leaf()], identity.key())
-        .map_err(unusable)?;
-    tls.alpn_protocols = vec![ALPN.to_vec()];
-    tls.resumption = Resumption::disabled();
-    tls.enable_early_data = false;
+    let tls = credentials::client_config(identity, ALPN)?;
     let crypto = QuicClientConfig::try_from(tls).map_err(unusable)?;
     let mut config = quinn::ClientConfig::new(Arc::new(crypto));
     config.transport_config(transport_config(congestion));
@@ -79,20 +68,7 @@ pub(super) fn server_config(
     identity: &Identity,
     congestion: &CubicUntilClose,
 ) -> Result<quinn::ServerConfig, Error> {
-    let provider = provider();
-    let verifier = WebPkiClientVerifier::builder_with_provider(roots(identity)?.into(), provider.clone())
-        .build()
-        .map_err(unusable)?;
-    let mut tls = rustls::ServerConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .map_err(unusable)?
-        .with_client_cert_verifier(verifier)
-        .with_single_cert(vec![identity.leaf()], identity.key())
-        .map_err(unusable)?;
-    tls.alpn_protocols = vec![ALPN.to_vec()];
-    tls.session_storage = Arc::new(NoServerSessionStorage {});
-    tls.send_tls13_tickets = 0;
-    tls.max_early_data_size = 0;
+    let tls = credentials::server_config(identity, ALPN)?;
     let crypto = QuicServerConfig::try_from(tls).map_err(unusable)?;
     let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
     config
@@ -131,21 +107,4 @@ fn transport_config(congestion: &CubicUntilClose) -> Arc<TransportConfig> {
         .mtu_discovery_config(Some(mtu_discovery))
         .congestion_controller_factory(Arc::new(congestion.clone()));
     Arc::new(config)
-}
-
-/// aws-lc-rs with AES-128-GCM first: as safe here as AES-256 and the fastest with VAES.
-fn provider() -> Arc<CryptoProvider> {
-    let mut provider = aws_lc_rs::default_provider();
-    provider.cipher_suites.sort_by_key(|suite| suite.suite() != CipherSuite::TLS13_AES_128_GCM_SHA256);
-    Arc::new(provider)
-}
-
-fn roots(identity: &Identity) -> Result<RootCertStore, Error> {
-    let mut roots = RootCertStore::empty();
-    roots.add(identity.authority()).map_err(unusable)?;
-    Ok(roots)
-}
-
-fn unusable(reason: impl ToString) -> Error {
-    Error::Identity { reason: reason.to_string() }
 }

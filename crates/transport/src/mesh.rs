@@ -1,29 +1,33 @@
 //! Forming one link to every other rank of an epoch.
 //!
-//! The higher rank dials the lower one. A link is a connection of its own, with a control lane of
-//! higher priority and a data stream, both in both directions. The dialler opens both and says
-//! [`LinkHello`]; the link counts, on both sides, with [`LinkWelcome`].
+//! The higher rank dials the lower one. A link has connections of its own: a control lane and a data
+//! stream, both in both directions. The dialler opens the lane, says [`LinkHello`] and opens the data
+//! stream; the link counts, on both sides, with [`LinkWelcome`].
+//!
+//! How connections are made is the business of a [`LinkEndpoint`]; who may have which link is decided here.
 //!
 //! One [`Door`] accepts for all groups of an epoch on an endpoint: that of the epoch itself and those that
 //! were split from it. It lives as long as one of them, to turn away what comes late: a member of another
 //! epoch, a stranger to the roster, a second link for a pair that has one.
 
 use std::collections::{HashMap, HashSet};
+use std::fmt;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Waker;
 use std::time::{Duration, Instant};
 
-use quinn::{RecvStream, SendStream};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout, timeout_at};
 
-use super::close::{CloseCode, in_words, quote};
-use super::connection::{Connection, Lane, MessageReceiver, MessageSender};
-use super::endpoint::Endpoint;
-use super::io::Task;
-use crate::{CONTROL_MESSAGE_LIMIT, Error};
+use crate::close::{CloseCode, quote};
+use crate::control_lane::{LinkConnection, MessageIn, MessageOut};
+use crate::forming::place;
+use crate::identity::Identity;
+use crate::io::{IoHandle, Task};
+use crate::{CONTROL_MESSAGE_LIMIT, Error, Forming, Transport};
 
 /// How long a dialler that has been let in may take to say [`LinkHello`].
 const HELLO_LIMIT: Duration = Duration::from_secs(5);
@@ -33,7 +37,7 @@ const HELLO_LIMIT: Duration = Duration::from_secs(5);
 const GROUP_LIMIT: Duration = Duration::from_secs(2);
 
 /// The group of all ranks of an epoch.
-pub(super) const WORLD: u64 = 0;
+const WORLD: u64 = 0;
 
 /// The limits between which the time for one attempt to dial doubles. The first ones are short, since
 /// QUIC repeats an unanswered first packet ever more slowly and a peer that is just starting should be
@@ -43,11 +47,8 @@ const ATTEMPT: (Duration, Duration) = (Duration::from_secs(1), Duration::from_se
 /// The limits between which the pause after a failed attempt doubles.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(500));
 
-/// What encoding adds to a control message: which one it is, and its length.
-const CONTROL_OVERHEAD: usize = 8;
-
-/// The priority of control lanes; data has 0.
-const CONTROL_PRIORITY: i32 = 1;
+/// The longest message on a control lane: encoding adds which one it is, and its length.
+pub(crate) const CONTROL_LIMIT: usize = CONTROL_MESSAGE_LIMIT + 8;
 
 /// Who is in an epoch: the list all its members agree on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,54 +72,106 @@ pub struct Member {
     pub addr: SocketAddr,
 }
 
+/// Where a member dials others and is dialled: what links of one kind are made with.
+pub(crate) trait LinkEndpoint: Clone + fmt::Debug + Send + Sync + 'static {
+    /// An authenticated connection between two members.
+    type Connection: LinkConnection;
+
+    /// The thread on which its links are made.
+    fn io(&self) -> &IoHandle;
+
+    /// The next member that has dialled.
+    fn accept(&self) -> impl Future<Output = Result<Self::Connection, Error>> + Send;
+
+    /// Dials `member` at `addr`, for at most `limit`.
+    fn connect_within(
+        &self,
+        addr: SocketAddr,
+        member: &str,
+        limit: Duration,
+    ) -> impl Future<Output = Result<Self::Connection, Error>> + Send;
+
+    /// Opens the control lane of a link, as the one who dialled.
+    fn open_control(connection: &Self::Connection) -> impl Future<Output = Result<Lane<Self>, Error>> + Send;
+
+    /// Takes the control lane of a link, as the one who was dialled.
+    fn accept_control(
+        connection: &Self::Connection,
+    ) -> impl Future<Output = Result<Lane<Self>, Error>> + Send;
+
+    /// Opens the data stream of a link whose [`LinkHello`] has been said, as the one who dialled.
+    fn open_data(
+        &self,
+        connection: &Self::Connection,
+        addr: SocketAddr,
+        control: &mut Lane<Self>,
+    ) -> impl Future<Output = Result<DataOf<Self>, Error>> + Send;
+
+    /// Takes the data stream of a link that may exist, as the one who was dialled.
+    fn accept_data(
+        &self,
+        connection: &Self::Connection,
+        control: &mut Lane<Self>,
+    ) -> impl Future<Output = Result<DataOf<Self>, Error>> + Send;
+}
+
+/// Both halves of a control lane.
+pub(crate) type Lane<E> = (
+    <<E as LinkEndpoint>::Connection as LinkConnection>::Sender,
+    <<E as LinkEndpoint>::Connection as LinkConnection>::Receiver,
+);
+
+/// The data stream of a link.
+pub(crate) type DataOf<E> = <<E as LinkEndpoint>::Connection as LinkConnection>::Data;
+
 /// The streams of one link. Its connection is closed as aborted when it is dropped, unless told otherwise.
 #[derive(Debug)]
-pub(super) struct RawLink {
+pub(crate) struct RawLink<C: LinkConnection> {
     // The order matters: the connection must be closed before the streams are dropped, as dropping a
     // sending stream ends it in order.
-    pub(super) connection: CloseOnDrop,
-    pub(super) control: (MessageSender, MessageReceiver),
-    pub(super) data: (SendStream, RecvStream),
+    pub(crate) connection: CloseOnDrop<C>,
+    pub(crate) control: (C::Sender, C::Receiver),
+    pub(crate) data: C::Data,
 }
 
 /// A connection that is closed when this value is dropped.
 #[derive(Debug)]
-pub(super) struct CloseOnDrop {
-    connection: Connection,
+pub(crate) struct CloseOnDrop<C: LinkConnection> {
+    connection: C,
     code: CloseCode,
 }
 
 /// All links of a new transport, and what refuses further ones while it lives.
 #[derive(Debug)]
-pub(super) struct Mesh {
-    pub(super) roster: Roster,
+pub(crate) struct Mesh<E: LinkEndpoint> {
+    pub(crate) roster: Roster,
     /// By rank; `None` at this rank.
-    pub(super) links: Vec<Option<RawLink>>,
-    pub(super) gate: Gate,
+    pub(crate) links: Vec<Option<RawLink<E::Connection>>>,
+    pub(crate) gate: Gate<E>,
 }
 
 /// Accepts everybody who dials an endpoint in one epoch, and sends them to the gatekeeper of the group that
 /// they ask for.
 #[derive(Debug)]
-pub(super) struct Door {
-    endpoint: Endpoint,
-    gates: Arc<Gates>,
+pub(crate) struct Door<E: LinkEndpoint> {
+    endpoint: E,
+    gates: Arc<Gates<E>>,
     _accept_loop: Task<()>,
 }
 
 /// The gatekeepers behind a door.
 #[derive(Debug)]
-struct Gates {
+struct Gates<E: LinkEndpoint> {
     job: String,
     epoch: u64,
-    by_group: Mutex<HashMap<u64, Arc<Gatekeeper>>>,
+    by_group: Mutex<HashMap<u64, Arc<Gatekeeper<E>>>>,
     opened: Notify,
 }
 
 /// A group's place behind the door, until it is dropped.
 #[derive(Debug)]
-pub(super) struct Gate {
-    door: Arc<Door>,
+pub(crate) struct Gate<E: LinkEndpoint> {
+    door: Arc<Door<E>>,
     group: u64,
 }
 
@@ -141,17 +194,17 @@ struct LinkWelcome {
 
 /// Decides about links that others ask for.
 #[derive(Debug)]
-struct Gatekeeper {
+struct Gatekeeper<E: LinkEndpoint> {
     roster: Roster,
     group: u64,
-    state: Mutex<GateState>,
-    arrivals: mpsc::UnboundedSender<(usize, RawLink)>,
+    state: Mutex<GateState<E>>,
+    arrivals: mpsc::UnboundedSender<(usize, RawLink<E::Connection>)>,
 }
 
 #[derive(Debug)]
-struct GateState {
+struct GateState<E: LinkEndpoint> {
     /// The connections of accepted links, by rank.
-    taken: Vec<Option<quinn::Connection>>,
+    taken: Vec<Option<E::Connection>>,
     /// Whether all links were there once; from then on none is replaced.
     formed: bool,
 }
@@ -166,10 +219,9 @@ enum Refusal {
 }
 
 impl Roster {
-    /// Checks what the caller passed against itself and against who `endpoint` is.
-    pub(super) fn check(&self, endpoint: &Endpoint) -> Result<(), Error> {
+    /// Checks what the caller passed against itself and against who the endpoint is.
+    pub(crate) fn check(&self, identity: &Identity) -> Result<(), Error> {
         let wrong = |reason: String| Err(Error::Usage { reason });
-        let identity = endpoint.identity();
         let Some(me) = self.members.get(self.rank) else {
             return wrong(format!("rank {} is not in a roster of {}", self.rank, self.members.len()));
         };
@@ -188,23 +240,22 @@ impl Roster {
     }
 }
 
-impl CloseOnDrop {
-    fn new(connection: Connection) -> Self {
+impl<C: LinkConnection> CloseOnDrop<C> {
+    fn new(connection: C) -> Self {
         Self { connection, code: CloseCode::Aborted }
     }
 
     /// Closes the connection with `code` when dropped.
-    pub(super) fn close_as(&mut self, code: CloseCode) {
+    pub(crate) fn close_as(&mut self, code: CloseCode) {
         self.code = code;
     }
 
-    pub(super) fn get(&self) -> &Connection {
+    pub(crate) fn get(&self) -> &C {
         &self.connection
     }
-}
 
-impl Drop for CloseOnDrop {
-    fn drop(&mut self) {
+    /// Closes the connection now, as it would be when dropped.
+    pub(crate) fn close(&self) {
         let reason = match self.code {
             CloseCode::Left => "it left",
             _ => "it ended without leaving",
@@ -213,9 +264,15 @@ impl Drop for CloseOnDrop {
     }
 }
 
-impl Door {
+impl<C: LinkConnection> Drop for CloseOnDrop<C> {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl<E: LinkEndpoint> Door<E> {
     /// Opens the door of an epoch. The endpoint should have no other.
-    pub(super) fn open(endpoint: &Endpoint, roster: &Roster) -> Arc<Self> {
+    pub(crate) fn open(endpoint: &E, roster: &Roster) -> Arc<Self> {
         let gates = Arc::new(Gates {
             job: roster.job.clone(),
             epoch: roster.epoch,
@@ -227,7 +284,7 @@ impl Door {
     }
 
     /// Lets in those who ask for `gatekeeper`'s group.
-    fn admit(self: &Arc<Self>, gatekeeper: &Arc<Gatekeeper>) -> Result<Gate, Error> {
+    fn admit(self: &Arc<Self>, gatekeeper: &Arc<Gatekeeper<E>>) -> Result<Gate<E>, Error> {
         let group = gatekeeper.group;
         let mut by_group = self.gates.by_group();
         if by_group.contains_key(&group) {
@@ -241,26 +298,20 @@ impl Door {
     }
 }
 
-impl Gate {
-    pub(super) fn door(&self) -> &Arc<Door> {
-        &self.door
-    }
-}
-
-impl Drop for Gate {
+impl<E: LinkEndpoint> Drop for Gate<E> {
     fn drop(&mut self) {
         self.door.gates.by_group().remove(&self.group);
     }
 }
 
-impl Gates {
-    fn by_group(&self) -> MutexGuard<'_, HashMap<u64, Arc<Gatekeeper>>> {
+impl<E: LinkEndpoint> Gates<E> {
+    fn by_group(&self) -> MutexGuard<'_, HashMap<u64, Arc<Gatekeeper<E>>>> {
         // Entries are put in and taken out whole.
         self.by_group.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The gatekeeper of a group, as soon as this rank forms it.
-    async fn find(&self, group: u64) -> Arc<Gatekeeper> {
+    async fn find(&self, group: u64) -> Arc<Gatekeeper<E>> {
         loop {
             let opened = self.opened.notified();
             tokio::pin!(opened);
@@ -274,13 +325,60 @@ impl Gates {
     }
 }
 
+/// Links up with all other ranks of an epoch. Blocks until it is done, until `deadline`, or until `give_up`
+/// has a reason: somebody has learnt that a rank will not come.
+pub(crate) fn connect<E: LinkEndpoint>(
+    endpoint: &E,
+    roster: Roster,
+    deadline: Instant,
+    give_up: impl Future<Output = String> + Send + 'static,
+) -> Result<Mesh<E>, Error> {
+    let epoch = roster.epoch;
+    let forming = form(Door::open(endpoint, &roster), roster, WORLD, deadline);
+    endpoint.io().block_on(async move {
+        tokio::select! {
+            formed = forming => formed,
+            reason = give_up => Err(Error::GaveUp { what: format!("links of epoch {epoch}"), reason }),
+        }
+    })?
+}
+
+/// Begins to form links among `members` of the group whose place behind the door is `gate`; `over` makes a
+/// transport of them. `waker` is woken when they are there.
+pub(crate) fn split<E: LinkEndpoint>(
+    gate: &Gate<E>,
+    roster: &Roster,
+    (members, id): (&[usize], u64),
+    deadline: Instant,
+    waker: Waker,
+    over: impl FnOnce(Mesh<E>) -> Result<Box<dyn Transport>, Error> + Send + 'static,
+) -> Result<Forming, Error> {
+    let rank = place(members, roster.rank, roster.members.len())?;
+    if id == WORLD {
+        return Err(Error::Usage { reason: "this id is that of all ranks".to_owned() });
+    }
+    let members = members.iter().map(|&member| roster.members[member].clone()).collect();
+    let roster = Roster { rank, members, ..roster.clone() };
+    let (mut former, forming) = Forming::new();
+    let door = gate.door.clone();
+    gate.door.endpoint.io().spawn(async move {
+        let formed = tokio::select! {
+            formed = form(door, roster, id, deadline) => formed,
+            () = former.given_up() => return,
+        };
+        former.finish(formed.and_then(over));
+        waker.wake();
+    });
+    Ok(forming)
+}
+
 /// Links up with all other ranks of a group. Runs on the I/O thread.
-pub(super) async fn form(
-    door: Arc<Door>,
+async fn form<E: LinkEndpoint>(
+    door: Arc<Door<E>>,
     roster: Roster,
     group: u64,
     deadline: Instant,
-) -> Result<Mesh, Error> {
+) -> Result<Mesh<E>, Error> {
     let started = Instant::now();
     let world_size = roster.members.len();
     let (arrivals, mut arrived) = mpsc::unbounded_channel();
@@ -293,13 +391,14 @@ pub(super) async fn form(
     for peer in 0..roster.rank {
         diallers.spawn(dial(door.endpoint.clone(), gatekeeper.clone(), peer, attempts.clone()));
     }
-    let mut links: Vec<Option<RawLink>> = (0..world_size).map(|_| None).collect();
+    let mut links: Vec<Option<RawLink<E::Connection>>> = (0..world_size).map(|_| None).collect();
     while links.iter().flatten().count() + 1 < world_size {
         match timeout_at(deadline.into(), arrived.recv()).await {
             Ok(Some((peer, link))) => links[peer] = Some(link),
             // The gatekeeper holds a sender: the channel cannot end before.
             Ok(None) | Err(_) => {
-                let what = missing(&roster, &links, &attempts);
+                let there: Vec<bool> = links.iter().map(Option::is_some).collect();
+                let what = missing(&roster, &there, &attempts);
                 return Err(Error::TimedOut { what, elapsed: started.elapsed() });
             }
         }
@@ -323,7 +422,7 @@ impl Attempts {
 }
 
 /// Names the ranks without a link, where they should be and what was seen of them.
-fn missing(roster: &Roster, links: &[Option<RawLink>], attempts: &Attempts) -> String {
+fn missing(roster: &Roster, there: &[bool], attempts: &Attempts) -> String {
     let seen = attempts.lock();
     let describe = |peer: usize| {
         let Member { name, addr } = &roster.members[peer];
@@ -334,13 +433,13 @@ fn missing(roster: &Roster, links: &[Option<RawLink>], attempts: &Attempts) -> S
         };
         format!("rank {peer} ({name} at {addr}: {seen})")
     };
-    let absent = |peer: &usize| *peer != roster.rank && links[*peer].is_none();
-    let names: Vec<String> = (0..links.len()).filter(absent).map(describe).collect();
+    let absent = |peer: &usize| *peer != roster.rank && !there[*peer];
+    let names: Vec<String> = (0..there.len()).filter(absent).map(describe).collect();
     format!("links of epoch {} to {}", roster.epoch, names.join(", "))
 }
 
 /// Dials one lower rank until it grants a link.
-async fn dial(endpoint: Endpoint, gatekeeper: Arc<Gatekeeper>, peer: usize, attempts: Attempts) {
+async fn dial<E: LinkEndpoint>(endpoint: E, gatekeeper: Arc<Gatekeeper<E>>, peer: usize, attempts: Attempts) {
     let (mut limit, mut pause) = (ATTEMPT.0, PAUSE.0);
     loop {
         let reason = match dial_once(&endpoint, &gatekeeper, peer, limit).await {
@@ -348,7 +447,7 @@ async fn dial(endpoint: Endpoint, gatekeeper: Arc<Gatekeeper>, peer: usize, atte
                 // The receiver goes when the group is given up, and then the link must be closed.
                 return drop(gatekeeper.arrivals.send((peer, link)));
             }
-            Err(Error::Refused { reason, .. }) => reason,
+            Err(Error::Refused { reason, .. } | Error::Unreachable { reason, .. }) => reason,
             Err(error) => error.to_string(),
         };
         tracing::debug!(peer, reason, "no link yet");
@@ -361,24 +460,22 @@ async fn dial(endpoint: Endpoint, gatekeeper: Arc<Gatekeeper>, peer: usize, atte
 
 /// One attempt. Once the peer's endpoint has let us in, the wait for its transport is as long as the
 /// caller's: it may not have learnt of the epoch yet.
-async fn dial_once(
-    endpoint: &Endpoint,
-    gatekeeper: &Gatekeeper,
+async fn dial_once<E: LinkEndpoint>(
+    endpoint: &E,
+    gatekeeper: &Gatekeeper<E>,
     peer: usize,
     limit: Duration,
-) -> Result<RawLink, Error> {
+) -> Result<RawLink<E::Connection>, Error> {
     let Gatekeeper { roster, group, .. } = gatekeeper;
     let Member { name, addr } = &roster.members[peer];
     let connection = CloseOnDrop::new(endpoint.connect_within(*addr, name, limit).await?);
-    let control = connection.get().open(Lane::Messages, CONTROL_MESSAGE_LIMIT + CONTROL_OVERHEAD).await?;
-    let data = connection.get().open_stream(Lane::Data).await?;
-    let mut link = RawLink { connection, control, data };
-    link.control.0.set_priority(CONTROL_PRIORITY);
+    let mut control = E::open_control(connection.get()).await?;
     let (job, epoch, group) = (roster.job.clone(), roster.epoch, *group);
     let hello = LinkHello { job, epoch, group, from: roster.rank, to: peer };
-    link.control.0.send(&hello).await?;
-    match link.control.1.recv::<LinkWelcome>().await? {
-        Some(welcome) if welcome.epoch == roster.epoch => Ok(link),
+    control.0.send(&hello).await?;
+    let data = endpoint.open_data(connection.get(), *addr, &mut control).await?;
+    match control.1.recv::<LinkWelcome>().await? {
+        Some(welcome) if welcome.epoch == roster.epoch => Ok(RawLink { connection, control, data }),
         _ => {
             let (remote, reason) = (*addr, "it answered for another epoch".to_owned());
             Err(Error::Refused { remote, reason })
@@ -387,12 +484,12 @@ async fn dial_once(
 }
 
 /// Answers everyone who asks for a link, side by side, for as long as it is polled.
-async fn accept_links(endpoint: Endpoint, gates: Arc<Gates>) {
+async fn accept_links<E: LinkEndpoint>(endpoint: E, gates: Arc<Gates<E>>) {
     let mut answers = JoinSet::new();
     loop {
         tokio::select! {
             connection = endpoint.accept() => match connection {
-                Ok(connection) => { answers.spawn(answer(gates.clone(), connection)); }
+                Ok(connection) => { answers.spawn(answer(endpoint.clone(), gates.clone(), connection)); }
                 Err(_) => return,
             },
             Some(_) = answers.join_next() => {}
@@ -400,8 +497,8 @@ async fn accept_links(endpoint: Endpoint, gates: Arc<Gates>) {
     }
 }
 
-async fn answer(gates: Arc<Gates>, connection: Connection) {
-    let granted = timeout(HELLO_LIMIT, gates.grant(connection.clone())).await;
+async fn answer<E: LinkEndpoint>(endpoint: E, gates: Arc<Gates<E>>, connection: E::Connection) {
+    let granted = timeout(HELLO_LIMIT, gates.grant(&endpoint, connection.clone())).await;
     let refusal = match granted {
         Ok(Ok(())) => return,
         Ok(Err(refusal)) => refusal,
@@ -409,8 +506,8 @@ async fn answer(gates: Arc<Gates>, connection: Connection) {
     };
     let (remote, member) = (connection.remote_address(), connection.member());
     let epoch = gates.epoch;
-    if let Some(error) = connection.quinn().close_reason() {
-        tracing::debug!(%remote, member, epoch, reason = in_words(&error), "a dialler went away");
+    if let Some(reason) = connection.close_reason() {
+        tracing::debug!(%remote, member, epoch, reason, "a dialler went away");
         return;
     }
     let reason = match refusal {
@@ -426,15 +523,14 @@ async fn answer(gates: Arc<Gates>, connection: Connection) {
     connection.close_with(CloseCode::Refused, &reason);
 }
 
-impl Gates {
+impl<E: LinkEndpoint> Gates<E> {
     /// Hears who asks, has the group's gatekeeper decide, and grants the link.
-    async fn grant(&self, connection: Connection) -> Result<(), Refusal> {
+    async fn grant(&self, endpoint: &E, connection: E::Connection) -> Result<(), Refusal> {
         let failed = |error: Error| match error {
             Error::Refused { reason, .. } => Refusal::Wrong(reason),
             error => Refusal::Wrong(error.to_string()),
         };
-        let limit = CONTROL_MESSAGE_LIMIT + CONTROL_OVERHEAD;
-        let mut control = connection.accept(Lane::Messages, limit).await.map_err(failed)?;
+        let mut control = E::accept_control(&connection).await.map_err(failed)?;
         let hello = control.1.recv::<LinkHello>().await.map_err(failed)?;
         let hello = hello.ok_or_else(|| Refusal::Wrong("it asked for no link".to_owned()))?;
         judge_epoch(&self.job, self.epoch, &hello)?;
@@ -443,9 +539,8 @@ impl Gates {
             Refusal::Ahead(format!("it asks for group {:016x}, which is not formed here now", hello.group))
         })?;
         judge(&gatekeeper.roster, connection.member(), &hello)?;
-        let data = connection.accept_stream(Lane::Data).await.map_err(failed)?;
-        gatekeeper.claim(hello.from, connection.quinn())?;
-        control.0.set_priority(CONTROL_PRIORITY);
+        let data = endpoint.accept_data(&connection, &mut control).await.map_err(failed)?;
+        gatekeeper.claim(hello.from, &connection)?;
         control.0.send(&LinkWelcome { epoch: self.epoch }).await.map_err(failed)?;
         let link = RawLink { connection: CloseOnDrop::new(connection), control, data };
         // The receiver goes when the group is given up, and then the link must be closed.
@@ -454,14 +549,14 @@ impl Gates {
     }
 }
 
-impl Gatekeeper {
-    fn state(&self) -> MutexGuard<'_, GateState> {
+impl<E: LinkEndpoint> Gatekeeper<E> {
+    fn state(&self) -> MutexGuard<'_, GateState<E>> {
         // Both fields are replaced whole: no panic leaves them half written.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes the place of a link to `peer`, unless a live one has it.
-    fn claim(&self, peer: usize, connection: &quinn::Connection) -> Result<(), Refusal> {
+    fn claim(&self, peer: usize, connection: &E::Connection) -> Result<(), Refusal> {
         let mut state = self.state();
         let alive = state.taken[peer].as_ref().is_some_and(|taken| taken.close_reason().is_none());
         if state.formed || alive {
@@ -549,7 +644,7 @@ mod tests {
     fn missing_ranks_are_named_with_address_and_cause() {
         let attempts = Attempts::new(3);
         attempts.lock()[0] = Some("its certificate is not of this job".to_owned());
-        let text = missing(&roster(), &[None, None, None], &attempts);
+        let text = missing(&roster(), &[false; 3], &attempts);
         assert_eq!(
             text,
             "links of epoch 7 to rank 0 (a at 127.0.0.1:1: its certificate is not of this job), \

@@ -44,7 +44,7 @@ pub struct IoHandle {
 
 /// A task on the I/O thread that ends when this value is dropped.
 #[derive(Debug)]
-pub(super) struct Task<T>(JoinHandle<T>);
+pub(crate) struct Task<T>(JoinHandle<T>);
 
 impl IoThread {
     /// Starts the thread.
@@ -118,7 +118,7 @@ impl IoHandle {
 
     /// Runs a future on the I/O thread for a caller on any executor; it ends when the caller's future
     /// is dropped.
-    pub(super) async fn run<F>(&self, future: F) -> Result<F::Output, Error>
+    pub(crate) async fn run<F>(&self, future: F) -> Result<F::Output, Error>
     where
         F: Future + Send + 'static,
         F::Output: Send + 'static,
@@ -127,7 +127,7 @@ impl IoHandle {
     }
 
     /// Runs a future on the I/O thread for as long as the returned value lives.
-    pub(super) fn task<F>(&self, future: F) -> Task<F::Output>
+    pub(crate) fn task<F>(&self, future: F) -> Task<F::Output>
     where
         F: Future + Send + 'static,
         F::Output: Send + 'static,
@@ -136,13 +136,13 @@ impl IoHandle {
     }
 
     /// Gives `call` the runtime that tokio and quinn look for in a thread-local variable.
-    pub(super) fn inside<T>(&self, call: impl FnOnce() -> T) -> T {
+    pub(crate) fn inside<T>(&self, call: impl FnOnce() -> T) -> T {
         let _entered = self.runtime.enter();
         call()
     }
 
     /// Returns when the thread is about to end and everything must be closed.
-    pub(super) async fn closing(&self) {
+    pub(crate) async fn closing(&self) {
         // An error means that it has ended, where nothing can be done any more.
         let _ = self.closing.clone().wait_for(|closing| *closing).await;
     }

@@ -1,15 +1,16 @@
-//! What the QUIC tests share: groups of ranks in one process, bounded waits, and a client that follows
-//! the protocol by hand and can therefore break it.
-#![allow(dead_code, reason = "each test binary uses a part of it")]
+//! What the tests of links between processes share: groups of ranks in one process, bounded waits, and a
+//! client that follows QUIC's protocol by hand and can therefore break it.
+#![allow(dead_code, unused_macros, unused_imports, reason = "each test binary uses a part of it")]
 
 use std::io::IoSlice;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use paceline_transport::identity::{Identity, JobAuthority};
-use paceline_transport::quic::{Endpoint, IoHandle, IoThread, Member, QuicTransport, Roster};
-use paceline_transport::{Error, Transport, wire};
+use paceline_transport::quic::{self, QuicTransport};
+use paceline_transport::tls::{self, TlsTransport};
+use paceline_transport::{Error, IoHandle, IoThread, Member, Roster, Transport, wire};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde::Serialize;
@@ -38,42 +39,146 @@ pub fn identity(authority: &JobAuthority, member: &str) -> Identity {
     authority.issue(member, DAY).expect("a valid member name")
 }
 
-pub fn bind(io: &IoThread, identity: &Identity) -> Endpoint {
-    Endpoint::bind(&io.handle(), loopback(), identity).expect("a free port on loopback")
+pub fn bind(io: &IoThread, identity: &Identity) -> quic::Endpoint {
+    Quic::bind(&io.handle(), loopback(), identity).expect("a free port on loopback")
 }
+
+/// One kind of links between processes.
+pub trait Kind: 'static {
+    const NAME: &'static str;
+    /// What a peer takes that reads nothing, in bytes.
+    const WINDOW: std::ops::RangeInclusive<usize>;
+    /// What is said of data that ended in the middle.
+    const CUT: &'static str;
+    type Endpoint: Clone + Send + Sync + 'static;
+    type Transport: Transport + 'static;
+    /// A socket at which nobody answers.
+    type Silence;
+
+    fn bind(io: &IoHandle, addr: SocketAddr, identity: &Identity) -> Result<Self::Endpoint, Error>;
+    fn local_addr(endpoint: &Self::Endpoint) -> SocketAddr;
+    fn connect(endpoint: &Self::Endpoint, roster: Roster, until: Instant) -> Result<Self::Transport, Error>;
+    /// Waits for whoever dials, says who it was, and hangs up.
+    fn accept_and_drop(io: &IoHandle, endpoint: &Self::Endpoint) -> String;
+    fn silence() -> (Self::Silence, SocketAddr);
+    /// Waits until somebody has dialled the silent socket.
+    fn dialled(silence: &Self::Silence);
+}
+
+pub enum Quic {}
+pub enum Tls {}
+
+macro_rules! kind {
+    ($kind:ty, $module:ident, $transport:ty) => {
+        type Endpoint = $module::Endpoint;
+        type Transport = $transport;
+
+        fn bind(io: &IoHandle, addr: SocketAddr, identity: &Identity) -> Result<$module::Endpoint, Error> {
+            $module::Endpoint::bind(io, addr, identity)
+        }
+
+        fn local_addr(endpoint: &$module::Endpoint) -> SocketAddr {
+            endpoint.local_addr()
+        }
+
+        fn connect(
+            endpoint: &$module::Endpoint,
+            roster: Roster,
+            until: Instant,
+        ) -> Result<$transport, Error> {
+            <$transport>::connect(endpoint, roster, until)
+        }
+
+        fn accept_and_drop(io: &IoHandle, endpoint: &$module::Endpoint) -> String {
+            let endpoint = endpoint.clone();
+            let accepted = io.block_on(async move { endpoint.accept().await });
+            accepted.expect("io runs").expect("somebody dials").member().to_owned()
+        }
+    };
+}
+
+impl Kind for Quic {
+    const NAME: &'static str = "quic";
+    /// `STREAM_WINDOW_BYTES` in `quic/tls.rs`, the first of which is not ours.
+    const WINDOW: std::ops::RangeInclusive<usize> = (2 << 20) - 1..=2 << 20;
+    const CUT: &'static str = "it ended without leaving";
+    type Silence = UdpSocket;
+    kind!(Quic, quic, QuicTransport);
+
+    fn silence() -> (UdpSocket, SocketAddr) {
+        let socket = UdpSocket::bind(loopback()).expect("a free port");
+        let addr = socket.local_addr().expect("bound");
+        (socket, addr)
+    }
+
+    fn dialled(silence: &UdpSocket) {
+        silence.recv(&mut [0; 2048]).expect("somebody dials");
+    }
+}
+
+impl Kind for Tls {
+    const NAME: &'static str = "tls";
+    /// Linux decides how much its buffers hold; ours is 128 KiB more.
+    const WINDOW: std::ops::RangeInclusive<usize> = 64 << 10..=16 << 20;
+    const CUT: &'static str = "ended without a goodbye";
+    type Silence = TcpListener;
+    kind!(Tls, tls, TlsTransport);
+
+    fn silence() -> (TcpListener, SocketAddr) {
+        let socket = TcpListener::bind(loopback()).expect("a free port");
+        let addr = socket.local_addr().expect("bound");
+        (socket, addr)
+    }
+
+    fn dialled(silence: &TcpListener) {
+        silence.accept().expect("somebody dials");
+    }
+}
+
+/// Each of these behaviours as a test on every kind of links.
+macro_rules! on_every_kind {
+    ($($name:ident),* $(,)?) => {
+        mod quic { $(#[test] fn $name() { super::$name::<crate::common::Quic>(); })* }
+        mod tls { $(#[test] fn $name() { super::$name::<crate::common::Tls>(); })* }
+    };
+}
+pub(crate) use on_every_kind;
 
 /// The ranks of a job in one process, each with its I/O thread and endpoint.
-pub struct Group {
+pub struct Group<K: Kind> {
     pub authority: JobAuthority,
     pub ios: Vec<IoThread>,
-    pub endpoints: Vec<Endpoint>,
+    pub endpoints: Vec<K::Endpoint>,
 }
 
-impl Group {
+impl<K: Kind> Group<K> {
     /// Binds endpoints for members m0, m1, …
     pub fn bind(job: &str, world_size: usize) -> Self {
         let authority = authority(job);
         let ios: Vec<_> = (0..world_size).map(|_| IoThread::start().expect("a thread")).collect();
-        let member = |rank: usize| identity(&authority, &format!("m{rank}"));
-        let endpoints = ios.iter().enumerate().map(|(rank, io)| bind(io, &member(rank))).collect();
+        let bind = |(rank, io): (usize, &IoThread)| {
+            let identity = identity(&authority, &format!("m{rank}"));
+            K::bind(&io.handle(), loopback(), &identity).expect("a free port on loopback")
+        };
+        let endpoints = ios.iter().enumerate().map(bind).collect();
         Self { authority, ios, endpoints }
     }
 
     pub fn roster(&self, rank: usize, epoch: u64) -> Roster {
-        let member = |endpoint: &Endpoint| Member {
-            name: endpoint.identity().member().to_owned(),
-            addr: endpoint.local_addr(),
+        let member = |(rank, endpoint): (usize, &K::Endpoint)| Member {
+            name: format!("m{rank}"),
+            addr: K::local_addr(endpoint),
         };
-        let members = self.endpoints.iter().map(member).collect();
+        let members = self.endpoints.iter().enumerate().map(member).collect();
         Roster { job: self.authority.job().to_owned(), epoch, rank, members }
     }
 
     /// Links everybody up, each rank from a thread of its own.
-    pub fn connect(&self, epoch: u64) -> Vec<QuicTransport> {
+    pub fn connect(&self, epoch: u64) -> Vec<K::Transport> {
         std::thread::scope(|scope| {
             let connect = |(rank, endpoint)| {
                 let roster = self.roster(rank, epoch);
-                scope.spawn(move || QuicTransport::connect(endpoint, roster, deadline()))
+                scope.spawn(move || K::connect(endpoint, roster, deadline()))
             };
             let ranks: Vec<_> = self.endpoints.iter().enumerate().map(connect).collect();
             let joined = ranks.into_iter().map(|rank| rank.join().expect("no panic"));
@@ -85,7 +190,7 @@ impl Group {
 /// Keeps a rank's I/O thread from doing anything until it is dropped.
 pub struct Freeze(#[expect(dead_code, reason = "dropping it thaws")] std::sync::mpsc::Sender<()>);
 
-impl Group {
+impl<K: Kind> Group<K> {
     /// Freezes a rank: its process is there and answers nothing. Returns when it does.
     pub fn freeze(&self, rank: usize) -> Freeze {
         let (thaw, thawed) = std::sync::mpsc::channel();
@@ -101,7 +206,7 @@ impl Group {
 }
 
 /// A group of two, linked up.
-pub fn pair(job: &str) -> (Group, QuicTransport, QuicTransport) {
+pub fn pair<K: Kind>(job: &str) -> (Group<K>, K::Transport, K::Transport) {
     let group = Group::bind(job, 2);
     let mut transports = group.connect(1);
     let second = transports.pop().expect("two ranks");
@@ -109,7 +214,7 @@ pub fn pair(job: &str) -> (Group, QuicTransport, QuicTransport) {
 }
 
 /// Sends all of `bytes`.
-pub fn send_all(transport: &mut QuicTransport, to: usize, mut bytes: &[u8]) -> Result<(), Error> {
+pub fn send_all(transport: &mut impl Transport, to: usize, mut bytes: &[u8]) -> Result<(), Error> {
     let until = deadline();
     while !bytes.is_empty() {
         match transport.try_send(to, &[IoSlice::new(bytes)])? {
@@ -122,7 +227,7 @@ pub fn send_all(transport: &mut QuicTransport, to: usize, mut bytes: &[u8]) -> R
 }
 
 /// Receives until `into` is full.
-pub fn recv_exact(transport: &mut QuicTransport, from: usize, into: &mut [u8]) -> Result<(), Error> {
+pub fn recv_exact(transport: &mut impl Transport, from: usize, into: &mut [u8]) -> Result<(), Error> {
     let (until, mut filled) = (deadline(), 0);
     while filled < into.len() {
         match transport.try_recv(from, &mut into[filled..])? {
@@ -134,12 +239,12 @@ pub fn recv_exact(transport: &mut QuicTransport, from: usize, into: &mut [u8]) -
     Ok(())
 }
 
-pub fn recv_control(transport: &mut QuicTransport, from: usize) -> Result<Vec<u8>, Error> {
+pub fn recv_control(transport: &mut impl Transport, from: usize) -> Result<Vec<u8>, Error> {
     until(transport, |transport| transport.try_recv_control(from).transpose())
 }
 
 /// Reads what comes, drops it, and returns the error with which data ends, and how much came.
-pub fn drain(transport: &mut QuicTransport, from: usize) -> (Error, usize) {
+pub fn drain(transport: &mut impl Transport, from: usize) -> (Error, usize) {
     let (mut buffer, mut total) = (vec![0; 64 * 1024], 0);
     let end = until(transport, |transport| match transport.try_recv(from, &mut buffer) {
         Ok(0) => None,
@@ -159,9 +264,9 @@ pub fn drain(transport: &mut QuicTransport, from: usize) -> (Error, usize) {
 }
 
 /// Polls until there is an answer.
-pub fn until<T>(
-    transport: &mut QuicTransport,
-    mut poll: impl FnMut(&mut QuicTransport) -> Option<Result<T, Error>>,
+pub fn until<T, L: Transport>(
+    transport: &mut L,
+    mut poll: impl FnMut(&mut L) -> Option<Result<T, Error>>,
 ) -> Result<T, Error> {
     let until = deadline();
     loop {
@@ -199,6 +304,12 @@ pub struct Disguise<'a> {
 
 /// The settings of a quinn client that is not ours.
 pub fn raw_config(disguise: &Disguise<'_>) -> quinn::ClientConfig {
+    let crypto = quinn::crypto::rustls::QuicClientConfig::try_from(raw_tls_config(disguise));
+    quinn::ClientConfig::new(Arc::new(crypto.expect("a QUIC suite")))
+}
+
+/// The settings of a TLS client that is not ours.
+pub fn raw_tls_config(disguise: &Disguise<'_>) -> rustls::ClientConfig {
     let certificates = |identity: &Identity| -> Vec<CertificateDer<'static>> {
         let pem = identity.to_pem();
         CertificateDer::pem_slice_iter(pem.as_bytes()).collect::<Result<_, _>>().expect("our own PEM")
@@ -219,8 +330,7 @@ pub fn raw_config(disguise: &Disguise<'_>) -> quinn::ClientConfig {
         }
     };
     tls.alpn_protocols = vec![disguise.alpn.to_vec()];
-    let crypto = quinn::crypto::rustls::QuicClientConfig::try_from(tls).expect("a QUIC suite");
-    quinn::ClientConfig::new(Arc::new(crypto))
+    tls
 }
 
 /// A quinn endpoint that only dials, on the I/O thread `io`.

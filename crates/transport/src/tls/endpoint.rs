@@ -1,0 +1,619 @@
+//! Dialling and accepting members of the job, and turning everybody else away.
+//!
+//! Whoever connects is nobody before its certificate has been verified and its hello answered. Handshakes
+//! are limited in number and time; when there are too many, the oldest gives way: a member's takes a few
+//! milliseconds, and those of somebody who never finishes them are the old ones.
+
+use std::collections::{HashMap, VecDeque};
+use std::net::{SocketAddr, TcpListener as StdTcpListener};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::net::sockopt;
+use rustls::pki_types::ServerName;
+use rustls::{ClientConfig, ServerConfig};
+use serde::{Deserialize, Serialize};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::{sleep, timeout};
+
+use super::connection::{Connection, Stream, gone};
+use super::data::DataStream;
+use super::session::{Fault, Session, Socket};
+use crate::close::CloseCode;
+use crate::control_lane::{LinkConnection, MessageIn, MessageOut};
+use crate::identity::{Identity, MemberName};
+use crate::io::{IoHandle, Task};
+use crate::mesh::{CONTROL_LIMIT, DataOf, Lane, LinkEndpoint};
+use crate::{Error, credentials};
+
+/// The protocol's name in the TLS handshake. Not that of QUIC, so that neither can be taken for the other. The
+/// number is raised when releases cannot talk any more.
+const ALPN: &[u8] = b"paceline-tcp/1";
+
+/// The version of everything that is said after the TLS handshake. Raised when messages change; the
+/// refusal then names both versions.
+const PROTOCOL_VERSION: u16 = 1;
+
+/// How long a silent peer counts as alive. A dead process is announced by its launcher long before.
+pub(super) const SILENCE_LIMIT: Duration = Duration::from_secs(10);
+
+/// How often a sign of life is sent: several within the limit.
+pub(super) const KEEP_ALIVE: Duration = Duration::from_secs(2);
+
+/// How many signs of life may go unanswered before the operating system gives a connection up.
+const KEEP_ALIVE_TRIES: u32 = 4;
+
+/// How long a handshake may take, hello and welcome included: ten times a slow one across continents.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
+
+/// Handshakes in progress at one time.
+const HANDSHAKES_LIMIT: usize = 256;
+
+/// Connections that may wait for the accept loop in the operating system. It has a limit of its own as well.
+const BACKLOG: i32 = 1024;
+
+/// Accepted connections that may wait for [`Endpoint::accept`].
+const ACCEPTED_LIMIT: usize = 1024;
+
+/// The pause after the operating system has refused us a connection, for want of descriptors or memory.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// How long somebody who was refused may take to read why before the connection is gone.
+const REFUSAL_GRACE: Duration = Duration::from_millis(500);
+
+/// Bytes of somebody who was refused that are read and dropped meanwhile.
+const REFUSAL_BYTES: usize = 64 * 1024;
+
+/// Warnings about refused connections in a second. The rest are counted: whoever connects ten thousand
+/// times must not fill the disk with it.
+const WARNINGS_PER_SECOND: u32 = 20;
+
+/// The longest hello, in bytes: a job name, a number and a ticket.
+const HELLO_LIMIT: usize = 256;
+
+/// Dials members of a job over TCP as a member of it, without being dialled. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Dialler {
+    io: IoHandle,
+    client: Arc<ClientConfig>,
+    identity: Identity,
+}
+
+/// A TCP port on which a member of a job is dialled by other members, and with which it dials them.
+///
+/// From [`bind`](Endpoint::bind) on it completes handshakes by itself and keeps the connections until
+/// somebody calls [`accept`](Endpoint::accept). That should be one consumer at a time: in a worker the
+/// accept loop of its [`TlsTransport`](super::TlsTransport), in a launcher the rendezvous.
+///
+/// Cheap to clone. When the last clone is dropped no connection is accepted any more; existing ones live on.
+#[derive(Clone, Debug)]
+pub struct Endpoint {
+    dialler: Dialler,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    local_addr: SocketAddr,
+    accepted: tokio::sync::Mutex<mpsc::Receiver<Connection>>,
+    expected: Arc<Expected>,
+    _acceptor: Task<()>,
+}
+
+/// Links whose data connection has been asked for.
+#[derive(Debug, Default)]
+struct Expected(Mutex<HashMap<Ticket, Expectation>>);
+
+/// Who may bring a ticket, and where its connection goes.
+#[derive(Debug)]
+struct Expectation {
+    member: String,
+    arrived: oneshot::Sender<DataStream>,
+}
+
+/// What ties a data connection to the control connection over which the ticket was given. Random, and good
+/// once.
+type Ticket = [u8; 16];
+
+/// A ticket that has been given out, until it is dropped.
+struct GivenOut<'a>(&'a Expected, Ticket);
+
+/// The first message on every connection, from the side that dialled.
+#[derive(Debug, Serialize, Deserialize)]
+struct Hello {
+    protocol_version: u16,
+    job: String,
+    /// On the data connection of a link.
+    ticket: Option<Ticket>,
+}
+
+/// The answer to [`Hello`]. Without it the dialling side has no connection: in TLS 1.3 a client is done before
+/// the server has looked at its certificate.
+#[derive(Debug, Serialize, Deserialize)]
+struct Welcome {
+    protocol_version: u16,
+}
+
+/// Has the other side of a link open the data connection, which brings the ticket.
+#[derive(Debug, Serialize, Deserialize)]
+struct BringData {
+    ticket: Ticket,
+}
+
+/// What the handshakes of an endpoint share.
+struct Reception {
+    server: Arc<ServerConfig>,
+    job: String,
+    accepted: mpsc::Sender<Connection>,
+    expected: Arc<Expected>,
+    warnings: Mutex<Warnings>,
+}
+
+/// Keeps the log readable while strangers knock.
+struct Warnings {
+    second: Instant,
+    said: u32,
+    unsaid: u32,
+}
+
+impl Dialler {
+    /// Dials as `identity`.
+    ///
+    /// # Errors
+    /// [`Error::Identity`] when TLS cannot use the identity.
+    pub fn new(io: &IoHandle, identity: &Identity) -> Result<Self, Error> {
+        let client = Arc::new(credentials::client_config(identity, ALPN)?);
+        Ok(Self { io: io.clone(), client, identity: identity.clone() })
+    }
+
+    /// Who dials.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// Dials `addr` once and returns the connection when `member` of this job has answered there and
+    /// has welcomed us. Can be awaited on any executor; gives up after 5 s.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] when the other side is not that member or does not take us,
+    /// [`Error::TimedOut`] when nobody answers, [`Error::Usage`] when the I/O thread has stopped.
+    pub async fn connect(&self, addr: SocketAddr, member: &str) -> Result<Connection, Error> {
+        self.connect_within(addr, member, HANDSHAKE_LIMIT).await
+    }
+
+    async fn connect_within(
+        &self,
+        addr: SocketAddr,
+        member: &str,
+        limit: Duration,
+    ) -> Result<Connection, Error> {
+        let stream = self.dial_within(addr, member, None, limit).await?;
+        Ok(Connection::new(stream, member))
+    }
+
+    async fn dial_within(
+        &self,
+        addr: SocketAddr,
+        member: &str,
+        ticket: Option<Ticket>,
+        limit: Duration,
+    ) -> Result<Arc<Stream>, Error> {
+        let (this, member) = (self.clone(), member.to_owned());
+        let dial = async move {
+            timeout(limit, this.dial(addr, &member, ticket)).await.unwrap_or_else(|_| {
+                Err(Error::TimedOut { what: format!("an answer from {member} at {addr}"), elapsed: limit })
+            })
+        };
+        self.io.run(dial).await?
+    }
+
+    async fn dial(
+        &self,
+        addr: SocketAddr,
+        member: &str,
+        ticket: Option<Ticket>,
+    ) -> Result<Arc<Stream>, Error> {
+        let refused = |fault: Fault| gone(addr, &fault.in_words());
+        let name = self.identity.server_name(member);
+        let name =
+            ServerName::try_from(name).map_err(|error| gone(addr, &format!("cannot dial: {error}")))?;
+        let mut session = Session::client(self.client.clone(), name).map_err(refused)?;
+        // Nobody there yet, or a network that is not: worth another try, unlike a refusal.
+        let tcp = TcpStream::connect(addr)
+            .await
+            .map_err(|error| Error::Unreachable { remote: addr, reason: error.to_string() })?;
+        prepare(&tcp).map_err(|error| gone(addr, &error.to_string()))?;
+        shake_hands(&tcp, &mut session).await.map_err(refused)?;
+        let stream = Stream::new(tcp, addr, session);
+        let (mut sender, mut receiver) = stream.lane(HELLO_LIMIT);
+        let hello = Hello { protocol_version: PROTOCOL_VERSION, job: self.identity.job().to_owned(), ticket };
+        // A refusal is found by receiving, which knows the reason.
+        let _ = sender.send(&hello).await;
+        match receiver.recv::<Welcome>().await? {
+            Some(_) => Ok(stream),
+            None => Err(gone(addr, "it ended the conversation without a welcome")),
+        }
+    }
+}
+
+impl Endpoint {
+    /// Opens a TCP port at `addr` (port 0: any free one) for the member `identity`.
+    ///
+    /// # Errors
+    /// [`Error::Bind`] with the operating system's reason, [`Error::Identity`] when TLS cannot use the identity.
+    pub fn bind(io: &IoHandle, addr: SocketAddr, identity: &Identity) -> Result<Self, Error> {
+        let server = Arc::new(credentials::server_config(identity, ALPN)?);
+        let dialler = Dialler::new(io, identity)?;
+        let failed =
+            |error: std::io::Error| Error::Bind { addr, reason: error.to_string(), kind: error.kind() };
+        let (listener, local_addr) = listen(io, addr).map_err(failed)?;
+        let (sender, accepted) = mpsc::channel(ACCEPTED_LIMIT);
+        let expected = Arc::new(Expected::default());
+        let reception = Arc::new(Reception {
+            server,
+            job: identity.job().to_owned(),
+            accepted: sender,
+            expected: expected.clone(),
+            warnings: Mutex::new(Warnings { second: Instant::now(), said: 0, unsaid: 0 }),
+        });
+        let accepted = tokio::sync::Mutex::new(accepted);
+        let _acceptor = io.task(accept_all(listener, reception));
+        Ok(Self { dialler, shared: Arc::new(Shared { local_addr, accepted, expected, _acceptor }) })
+    }
+
+    /// The address it listens on, with the port that was chosen.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.shared.local_addr
+    }
+
+    /// Who this endpoint is.
+    pub fn identity(&self) -> &Identity {
+        &self.dialler.identity
+    }
+
+    /// What dials for it.
+    pub fn dialler(&self) -> &Dialler {
+        &self.dialler
+    }
+
+    /// As [`Dialler::connect`].
+    ///
+    /// # Errors
+    /// As [`Dialler::connect`].
+    pub async fn connect(&self, addr: SocketAddr, member: &str) -> Result<Connection, Error> {
+        self.dialler.connect(addr, member).await
+    }
+
+    /// Waits for the next member to dial us. Clients that are refused are logged and skipped.
+    /// Can be awaited on any executor; cancelling it loses nothing.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when the I/O thread has stopped.
+    pub async fn accept(&self) -> Result<Connection, Error> {
+        let closed = || Error::Usage { reason: "the endpoint is closed".to_owned() };
+        self.shared.accepted.lock().await.recv().await.ok_or_else(closed)
+    }
+}
+
+impl LinkEndpoint for Endpoint {
+    type Connection = Connection;
+
+    fn io(&self) -> &IoHandle {
+        &self.dialler.io
+    }
+
+    async fn accept(&self) -> Result<Connection, Error> {
+        self.accept().await
+    }
+
+    async fn connect_within(
+        &self,
+        addr: SocketAddr,
+        member: &str,
+        limit: Duration,
+    ) -> Result<Connection, Error> {
+        self.dialler.connect_within(addr, member, limit).await
+    }
+
+    async fn open_control(connection: &Connection) -> Result<Lane<Self>, Error> {
+        connection.lane(CONTROL_LIMIT)
+    }
+
+    async fn accept_control(connection: &Connection) -> Result<Lane<Self>, Error> {
+        connection.lane(CONTROL_LIMIT)
+    }
+
+    async fn open_data(
+        &self,
+        connection: &Connection,
+        addr: SocketAddr,
+        control: &mut Lane<Self>,
+    ) -> Result<DataOf<Self>, Error> {
+        let Some(BringData { ticket }) = MessageIn::recv(&mut control.1).await? else {
+            return Err(gone(addr, "it ended the conversation without a ticket"));
+        };
+        let member = connection.member();
+        self.dialler.dial_within(addr, member, Some(ticket), HANDSHAKE_LIMIT).await?.into_data()
+    }
+
+    async fn accept_data(
+        &self,
+        connection: &Connection,
+        control: &mut Lane<Self>,
+    ) -> Result<DataOf<Self>, Error> {
+        let (given_out, arrived) = self.shared.expected.give_out(connection.member())?;
+        MessageOut::send(&mut control.0, &BringData { ticket: given_out.1 }).await?;
+        let gave_up = |_| gone(connection.remote_address(), "its data connection was not made");
+        tokio::select! {
+            stream = arrived => stream.map_err(gave_up),
+            end = connection.ended() => Err(gone(connection.remote_address(), &format!("{end:?}"))),
+        }
+    }
+}
+
+impl Expected {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Ticket, Expectation>> {
+        // Entries are put in and taken out whole.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A new ticket for `member`, and where its connection will arrive.
+    fn give_out(&self, member: &str) -> Result<(GivenOut<'_>, oneshot::Receiver<DataStream>), Error> {
+        let mut ticket = Ticket::default();
+        let mut filled = 0;
+        while filled < ticket.len() {
+            let more = rustix::rand::getrandom(&mut ticket[filled..], rustix::rand::GetRandomFlags::empty());
+            filled += more.map_err(|error| Error::Usage { reason: format!("no random numbers: {error}") })?;
+        }
+        let (arrived, arrival) = oneshot::channel();
+        self.lock().insert(ticket, Expectation { member: member.to_owned(), arrived });
+        Ok((GivenOut(self, ticket), arrival))
+    }
+
+    /// Takes a ticket that `member` brings.
+    fn take(&self, ticket: &Ticket, member: &str) -> Result<oneshot::Sender<DataStream>, String> {
+        let mut expected = self.lock();
+        match expected.get(ticket) {
+            None => Err("it brings a ticket for a data connection that nobody has given out".to_owned()),
+            Some(expectation) if expectation.member != member => {
+                Err(format!("{member} brings a ticket that was given to {}", expectation.member))
+            }
+            Some(_) => Ok(expected.remove(ticket).expect("it was there just now").arrived),
+        }
+    }
+}
+
+impl Drop for GivenOut<'_> {
+    fn drop(&mut self) {
+        self.0.lock().remove(&self.1);
+    }
+}
+
+fn listen(io: &IoHandle, addr: SocketAddr) -> std::io::Result<(TcpListener, SocketAddr)> {
+    let listener = StdTcpListener::bind(addr)?;
+    rustix::net::listen(&listener, BACKLOG)?;
+    listener.set_nonblocking(true)?;
+    let local_addr = listener.local_addr()?;
+    Ok((io.inside(|| TcpListener::from_std(listener))?, local_addr))
+}
+
+/// Settings of every connection: nothing waits to be sent together with more, and a host that is gone is noticed.
+fn prepare(tcp: &TcpStream) -> std::io::Result<()> {
+    tcp.set_nodelay(true)?;
+    sockopt::set_socket_keepalive(tcp, true)?;
+    sockopt::set_tcp_keepidle(tcp, KEEP_ALIVE)?;
+    sockopt::set_tcp_keepintvl(tcp, KEEP_ALIVE)?;
+    sockopt::set_tcp_keepcnt(tcp, KEEP_ALIVE_TRIES)?;
+    sockopt::set_tcp_user_timeout(tcp, u32::try_from(SILENCE_LIMIT.as_millis()).unwrap_or(u32::MAX))?;
+    Ok(())
+}
+
+/// Completes the TLS handshake, on either side.
+async fn shake_hands(tcp: &TcpStream, session: &mut Session) -> Result<(), Fault> {
+    let mut socket = Socket::Tokio(tcp);
+    loop {
+        while !session.flush(&mut socket)? {
+            tcp.writable().await?;
+        }
+        if !session.is_handshaking() {
+            return Ok(());
+        }
+        match session.advance(&mut socket) {
+            Ok(true) => {}
+            Ok(false) => tcp.readable().await?,
+            Err(fault) => {
+                // An alert, if rustls has one to say.
+                let _ = session.flush(&mut socket);
+                return Err(fault);
+            }
+        }
+    }
+}
+
+/// Completes handshakes side by side, so that a stalled one holds up nobody.
+async fn accept_all(listener: TcpListener, reception: Arc<Reception>) {
+    let mut handshakes = JoinSet::new();
+    let mut by_age: VecDeque<AbortHandle> = VecDeque::new();
+    loop {
+        let incoming = tokio::select! {
+            incoming = listener.accept() => incoming,
+            Some(_) = handshakes.join_next() => continue,
+        };
+        let (tcp, addr) = match incoming {
+            Ok(incoming) => incoming,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept connections now");
+                sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        by_age.retain(|handshake| !handshake.is_finished());
+        if by_age.len() >= HANDSHAKES_LIMIT
+            && let Some(oldest) = by_age.pop_front()
+        {
+            oldest.abort();
+        }
+        // A dual-stack socket reports IPv4 peers as mapped addresses, which nobody recognises in a log.
+        let remote = SocketAddr::new(addr.ip().to_canonical(), addr.port());
+        by_age.push_back(handshakes.spawn(let_in(tcp, remote, reception.clone())));
+    }
+}
+
+/// Completes one handshake and hands the connection on, or says why not.
+async fn let_in(tcp: TcpStream, remote: SocketAddr, reception: Arc<Reception>) {
+    let outcome = timeout(HANDSHAKE_LIMIT, welcome(tcp, remote, &reception)).await;
+    let reason = match outcome {
+        Ok(Ok(())) => return,
+        Ok(Err(reason)) => reason,
+        Err(_) => format!("its handshake was not finished within {} s", HANDSHAKE_LIMIT.as_secs()),
+    };
+    reception.warn(remote, &reason);
+}
+
+async fn welcome(tcp: TcpStream, remote: SocketAddr, reception: &Reception) -> Result<(), String> {
+    prepare(&tcp).map_err(|error| error.to_string())?;
+    let mut session = Session::server(reception.server.clone()).map_err(|fault| fault.in_words())?;
+    if let Err(fault) = shake_hands(&tcp, &mut session).await {
+        say_goodbye_to_a_stranger(&tcp).await;
+        return Err(fault.in_words());
+    }
+    let certificate = session.certificate().ok_or("the client has no certificate")?;
+    let name = MemberName::of(certificate)?;
+    let stream = Stream::new(tcp, remote, session);
+    match greet(&stream, &name, reception).await {
+        Ok(Some(arrived)) => {
+            let data = stream.into_data().map_err(|error| error.to_string())?;
+            // Whoever has waited may have given up, and tells the other side over the control connection.
+            drop(arrived.send(data));
+            Ok(())
+        }
+        Ok(None) => match reception.accepted.try_send(Connection::new(stream.clone(), &name.member)) {
+            Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => Ok(()),
+            Err(mpsc::error::TrySendError::Full(_)) => {
+                Err(refuse(&stream, "too many connections wait to be accepted"))
+            }
+        },
+        // In the error of a connection only the reason is news here; the address is logged beside it.
+        Err(Error::Refused { reason, .. }) => Err(refuse(&stream, &reason)),
+        Err(error) => Err(refuse(&stream, &error.to_string())),
+    }
+}
+
+fn refuse(stream: &Stream, reason: &str) -> String {
+    stream.close(CloseCode::Refused, reason);
+    reason.to_owned()
+}
+
+/// Ends a connection so that the alert on it arrives: bytes that are unread when a socket is closed make the
+/// operating system reset the connection, and the reason is lost.
+async fn say_goodbye_to_a_stranger(tcp: &TcpStream) {
+    let _ = rustix::net::shutdown(tcp, rustix::net::Shutdown::Write);
+    let mut buffer = [0; 4096];
+    let read_all = async {
+        let mut read = 0;
+        while read < REFUSAL_BYTES {
+            match tcp.try_read(&mut buffer) {
+                Ok(0) => return,
+                Ok(count) => read += count,
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                    if tcp.readable().await.is_err() {
+                        return;
+                    }
+                }
+                Err(_) => return,
+            }
+        }
+    };
+    let _ = timeout(REFUSAL_GRACE, read_all).await;
+}
+
+/// Hears what the client wants and answers its hello; what does not fit is an error. For the data connection of
+/// a link, returns where it goes.
+async fn greet(
+    stream: &Arc<Stream>,
+    name: &MemberName,
+    reception: &Reception,
+) -> Result<Option<oneshot::Sender<DataStream>>, Error> {
+    let refused = |reason: String| stream.gone(&reason);
+    let job = &reception.job;
+    if name.job != *job {
+        return Err(refused(format!("its certificate is of the job {:?}", name.job)));
+    }
+    let (mut sender, mut receiver) = stream.lane(HELLO_LIMIT);
+    let hello = receiver.recv::<Hello>().await?;
+    let Hello { protocol_version, job: theirs, ticket } =
+        hello.ok_or_else(|| refused("it ended the conversation without a hello".to_owned()))?;
+    if protocol_version != PROTOCOL_VERSION {
+        return Err(refused(format!(
+            "it speaks version {protocol_version} of the protocol and we speak {PROTOCOL_VERSION}"
+        )));
+    }
+    if theirs != *job {
+        return Err(refused(format!("it is looking for the job {theirs:?} and this is {job:?}")));
+    }
+    let arrived = match ticket {
+        Some(ticket) => Some(reception.expected.take(&ticket, &name.member).map_err(refused)?),
+        None => None,
+    };
+    sender.send(&Welcome { protocol_version: PROTOCOL_VERSION }).await?;
+    Ok(arrived)
+}
+
+impl Reception {
+    fn warn(&self, remote: SocketAddr, reason: &str) {
+        // Numbers stay numbers whatever happened to another holder.
+        let mut warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
+        match warnings.may_say(Instant::now()) {
+            Some(0) => tracing::warn!(%remote, reason, "refused a connection"),
+            Some(unsaid) => tracing::warn!(%remote, reason, unsaid, "refused a connection"),
+            None => {}
+        }
+    }
+}
+
+impl Warnings {
+    /// Whether another warning may be said now, and how many were not since the last one.
+    fn may_say(&mut self, now: Instant) -> Option<u32> {
+        if now.saturating_duration_since(self.second) >= Duration::from_secs(1) {
+            (self.second, self.said) = (now, 0);
+        }
+        if self.said >= WARNINGS_PER_SECOND {
+            self.unsaid = self.unsaid.saturating_add(1);
+            return None;
+        }
+        self.said += 1;
+        Some(std::mem::take(&mut self.unsaid))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ticket_is_good_once_and_for_one_member() {
+        let expected = Expected::default();
+        let (given_out, _arrival) = expected.give_out("a").expect("random numbers");
+        let ticket = given_out.1;
+        assert!(expected.take(&[0; 16], "a").expect_err("unknown").contains("nobody has given out"));
+        assert!(expected.take(&ticket, "b").expect_err("not its own").contains("was given to a"));
+        assert!(expected.take(&ticket, "a").is_ok());
+        assert!(expected.take(&ticket, "a").is_err(), "it is used up");
+        let (given_out, _arrival) = expected.give_out("a").expect("random numbers");
+        let ticket = given_out.1;
+        drop(given_out);
+        assert!(expected.take(&ticket, "a").is_err(), "nobody waits any more");
+    }
+
+    #[test]
+    fn a_flood_of_refusals_is_counted_and_not_logged_one_by_one() {
+        let start = Instant::now();
+        let mut warnings = Warnings { second: start, said: 0, unsaid: 0 };
+        let said = (0..1000).filter(|_| warnings.may_say(start).is_some()).count();
+        assert_eq!(said, WARNINGS_PER_SECOND as usize);
+        assert_eq!(warnings.may_say(start + Duration::from_secs(1)), Some(1000 - WARNINGS_PER_SECOND));
+        assert_eq!(warnings.may_say(start + Duration::from_secs(1)), Some(0));
+    }
+}
