@@ -208,7 +208,9 @@ impl Engine {
         let watch = Watch::new(operation, self.timeout);
         let (frames_sent, frames_received) = (vec![0; world_size], vec![0; world_size]);
         let mut running = Running { watch, operation, buffers, reducer, frames_sent, frames_received };
-        self.run_rounds(plan, &mut running)
+        let outcome = self.run_rounds(plan, &mut running);
+        self.transport.pause();
+        outcome
     }
 
     /// Which way a collective with `bytes` bytes goes when all ranks share memory, and why; `None` when they

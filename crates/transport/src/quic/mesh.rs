@@ -13,7 +13,6 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use quinn::{RecvStream, SendStream};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
@@ -21,6 +20,7 @@ use tokio::time::{sleep, timeout, timeout_at};
 
 use super::close::{CloseCode, in_words, quote};
 use super::connection::{Connection, Lane, MessageReceiver, MessageSender};
+use super::driver::{self, RecvStream, SendStream};
 use super::endpoint::Endpoint;
 use super::io::Task;
 use crate::{CONTROL_MESSAGE_LIMIT, Error};
@@ -151,7 +151,7 @@ struct Gatekeeper {
 #[derive(Debug)]
 struct GateState {
     /// The connections of accepted links, by rank.
-    taken: Vec<Option<quinn::Connection>>,
+    taken: Vec<Option<driver::Connection>>,
     /// Whether all links were there once; from then on none is replaced.
     formed: bool,
 }
@@ -185,6 +185,14 @@ impl Roster {
             Some(twice) => wrong(format!("{} is twice in the roster", twice.name)),
             None => Ok(()),
         }
+    }
+}
+
+impl Roster {
+    /// How many members share this one's address, and with it a host and its processors.
+    pub(super) fn local_ranks(&self) -> usize {
+        let here = self.members[self.rank].addr.ip();
+        self.members.iter().filter(|member| member.addr.ip() == here).count()
     }
 }
 
@@ -224,6 +232,10 @@ impl Door {
         });
         let accept_loop = endpoint.io().task(accept_links(endpoint.clone(), gates.clone()));
         Arc::new(Self { endpoint: endpoint.clone(), gates, _accept_loop: accept_loop })
+    }
+
+    pub(super) fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
     }
 
     /// Lets in those who ask for `gatekeeper`'s group.
@@ -401,7 +413,9 @@ async fn accept_links(endpoint: Endpoint, gates: Arc<Gates>) {
 }
 
 async fn answer(gates: Arc<Gates>, connection: Connection) {
-    let granted = timeout(HELLO_LIMIT, gates.grant(connection.clone())).await;
+    // Kept until the refusal is told: dropping a lane ends it in order, which says nothing.
+    let mut control = None;
+    let granted = timeout(HELLO_LIMIT, gates.grant(connection.clone(), &mut control)).await;
     let refusal = match granted {
         Ok(Ok(())) => return,
         Ok(Err(refusal)) => refusal,
@@ -409,7 +423,7 @@ async fn answer(gates: Arc<Gates>, connection: Connection) {
     };
     let (remote, member) = (connection.remote_address(), connection.member());
     let epoch = gates.epoch;
-    if let Some(error) = connection.quinn().close_reason() {
+    if let Some(error) = connection.driver().close_reason() {
         tracing::debug!(%remote, member, epoch, reason = in_words(&error), "a dialler went away");
         return;
     }
@@ -427,15 +441,20 @@ async fn answer(gates: Arc<Gates>, connection: Connection) {
 }
 
 impl Gates {
-    /// Hears who asks, has the group's gatekeeper decide, and grants the link.
-    async fn grant(&self, connection: Connection) -> Result<(), Refusal> {
+    /// Hears who asks, has the group's gatekeeper decide, and grants the link. `control` is the place of its
+    /// control lane, which is taken out when the link is granted.
+    async fn grant(
+        &self,
+        connection: Connection,
+        control: &mut Option<(MessageSender, MessageReceiver)>,
+    ) -> Result<(), Refusal> {
         let failed = |error: Error| match error {
             Error::Refused { reason, .. } => Refusal::Wrong(reason),
             error => Refusal::Wrong(error.to_string()),
         };
         let limit = CONTROL_MESSAGE_LIMIT + CONTROL_OVERHEAD;
-        let mut control = connection.accept(Lane::Messages, limit).await.map_err(failed)?;
-        let hello = control.1.recv::<LinkHello>().await.map_err(failed)?;
+        let lane = control.insert(connection.accept(Lane::Messages, limit).await.map_err(failed)?);
+        let hello = lane.1.recv::<LinkHello>().await.map_err(failed)?;
         let hello = hello.ok_or_else(|| Refusal::Wrong("it asked for no link".to_owned()))?;
         judge_epoch(&self.job, self.epoch, &hello)?;
         let gatekeeper = timeout(GROUP_LIMIT, self.find(hello.group)).await;
@@ -444,9 +463,10 @@ impl Gates {
         })?;
         judge(&gatekeeper.roster, connection.member(), &hello)?;
         let data = connection.accept_stream(Lane::Data).await.map_err(failed)?;
-        gatekeeper.claim(hello.from, connection.quinn())?;
-        control.0.set_priority(CONTROL_PRIORITY);
-        control.0.send(&LinkWelcome { epoch: self.epoch }).await.map_err(failed)?;
+        gatekeeper.claim(hello.from, connection.driver())?;
+        lane.0.set_priority(CONTROL_PRIORITY);
+        lane.0.send(&LinkWelcome { epoch: self.epoch }).await.map_err(failed)?;
+        let control = control.take().expect("put in above");
         let link = RawLink { connection: CloseOnDrop::new(connection), control, data };
         // The receiver goes when the group is given up, and then the link must be closed.
         drop(gatekeeper.arrivals.send((hello.from, link)));
@@ -461,7 +481,7 @@ impl Gatekeeper {
     }
 
     /// Takes the place of a link to `peer`, unless a live one has it.
-    fn claim(&self, peer: usize, connection: &quinn::Connection) -> Result<(), Refusal> {
+    fn claim(&self, peer: usize, connection: &driver::Connection) -> Result<(), Refusal> {
         let mut state = self.state();
         let alive = state.taken[peer].as_ref().is_some_and(|taken| taken.close_reason().is_none());
         if state.formed || alive {

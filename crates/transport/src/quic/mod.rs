@@ -30,9 +30,11 @@
 mod close;
 mod congestion;
 mod connection;
+mod driver;
 mod endpoint;
 mod io;
 mod mesh;
+mod settings;
 mod socket;
 mod tls;
 mod transport;
@@ -41,4 +43,5 @@ pub use connection::{Connection, MessageReceiver, MessageSender};
 pub use endpoint::Endpoint;
 pub use io::{IoHandle, IoThread};
 pub use mesh::{Member, Roster};
+pub use settings::{Profile, Settings};
 pub use transport::QuicTransport;

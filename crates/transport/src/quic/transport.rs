@@ -2,12 +2,11 @@
 
 use std::collections::VecDeque;
 use std::io::IoSlice;
-use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use quinn::{ConnectionError, ReadError, RecvStream, SendStream, WriteError};
+use quinn_proto::ConnectionError;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::{JoinHandle, JoinSet};
@@ -15,11 +14,11 @@ use tokio::time::timeout_at;
 
 use super::close::{CloseCode, in_words};
 use super::connection::{Connection, MessageReceiver, MessageSender};
+use super::driver::{Caller, ReadError, RecvStream, SendStream, WriteError};
 use super::endpoint::Endpoint;
 use super::io::IoHandle;
 use super::mesh::{self, CloseOnDrop, Door, Gate, Mesh, RawLink, Roster};
 use crate::forming::place;
-use crate::park::Parker;
 use crate::{CONTROL_MESSAGE_LIMIT, Error, Forming, Transport};
 
 /// Control messages that may wait on either side of a link.
@@ -40,8 +39,7 @@ const GIVEN_UP_GRACE: Duration = Duration::from_millis(3);
 pub struct QuicTransport {
     roster: Roster,
     io: IoHandle,
-    parker: Parker,
-    waker: Waker,
+    caller: Caller,
     /// By rank; `None` at this rank.
     links: Vec<Option<Link>>,
     /// Whether this side has left or aborted.
@@ -137,21 +135,21 @@ impl QuicTransport {
                 reason = give_up => Err(Error::GaveUp { what: format!("links of epoch {epoch}"), reason }),
             }
         });
-        Ok(Self::over(formed??, io))
+        Self::over(formed??, io)
     }
 
-    fn over(mesh: Mesh, io: IoHandle) -> Self {
+    fn over(mesh: Mesh, io: IoHandle) -> Result<Self, Error> {
         let Mesh { roster, links, gate } = mesh;
-        let parker = Parker::new();
-        let waker = parker.waker();
-        let to_link = |(peer, raw): (usize, Option<RawLink>)| Some(Link::new(peer, raw?, &io, &waker));
+        let caller = Caller::new(gate.door().endpoint().driver(), roster.local_ranks())?;
+        let waker = caller.waker();
+        let to_link = |(peer, raw): (usize, Option<RawLink>)| Some(Link::new(peer, raw?, &io, waker));
         let links = links.into_iter().enumerate().map(to_link).collect();
-        Self { roster, parker, waker, links, over: false, gate, io }
+        Ok(Self { roster, caller, links, over: false, gate, io })
     }
 
     fn link(&mut self, peer: usize) -> (&mut Link, Context<'_>) {
         let link = self.links[peer].as_mut().expect("a rank has no link to itself");
-        (link, Context::from_waker(&self.waker))
+        (link, Context::from_waker(self.caller.waker()))
     }
 
     fn check_not_over(&self) -> Result<(), Error> {
@@ -166,6 +164,8 @@ impl QuicTransport {
     fn say_last(&mut self, last: &Control, deadline: Instant) -> Result<Vec<usize>, Error> {
         let goodbyes: Vec<_> =
             self.links.iter_mut().flatten().map(|link| link.say_last(last.clone())).collect();
+        // This thread waits for the I/O thread and cannot drive.
+        self.caller.hand_over();
         self.io.block_on(collect_until(goodbyes, deadline))
     }
 }
@@ -190,12 +190,20 @@ impl Transport for QuicTransport {
     fn try_send(&mut self, to: usize, parts: &[IoSlice<'_>]) -> Result<usize, Error> {
         self.check_not_over()?;
         let (link, mut cx) = self.link(to);
-        link.try_send(&mut cx, parts)
+        let sent = link.try_send(&mut cx, parts)?;
+        if sent > 0 {
+            self.caller.moved(sent);
+        }
+        Ok(sent)
     }
 
     fn try_recv(&mut self, from: usize, into: &mut [u8]) -> Result<usize, Error> {
         let (link, mut cx) = self.link(from);
-        link.try_recv(&mut cx, into)
+        let received = link.try_recv(&mut cx, into)?;
+        if received > 0 {
+            self.caller.moved(0);
+        }
+        Ok(received)
     }
 
     fn send_control(&mut self, to: usize, message: &[u8]) -> Result<(), Error> {
@@ -212,11 +220,19 @@ impl Transport for QuicTransport {
     }
 
     fn wait(&mut self, until: Instant) {
-        self.parker.wait(until);
+        self.caller.wait(until);
+    }
+
+    fn spin(&mut self) -> bool {
+        self.caller.spin()
+    }
+
+    fn pause(&mut self) {
+        self.caller.pause();
     }
 
     fn waker(&self) -> Waker {
-        self.parker.waker()
+        self.caller.waker().clone()
     }
 
     fn give_up(&mut self, peer: usize, _reason: &str) {
@@ -233,13 +249,14 @@ impl Transport for QuicTransport {
         let members = members.iter().map(|&member| self.roster.members[member].clone()).collect();
         let roster = Roster { rank, members, ..self.roster.clone() };
         let (mut former, forming) = Forming::new();
-        let (door, io, waker) = (self.gate.door().clone(), self.io.clone(), self.parker.waker());
+        let (door, io, waker) = (self.gate.door().clone(), self.io.clone(), self.waker());
         self.io.spawn(async move {
             let formed = tokio::select! {
                 formed = mesh::form(door, roster, id, deadline) => formed,
                 () = former.given_up() => return,
             };
-            former.finish(formed.map(|mesh| Box::new(Self::over(mesh, io)) as Box<dyn Transport>));
+            let over = formed.and_then(|mesh| Self::over(mesh, io));
+            former.finish(over.map(|transport| Box::new(transport) as Box<dyn Transport>));
             waker.wake();
         });
         Ok(forming)
@@ -318,23 +335,12 @@ impl Link {
         if let Some(end) = self.shared.end.get() {
             return Err(end.error(self.peer));
         }
-        let mut sent = 0;
-        for part in parts {
-            let mut rest: &[u8] = part;
-            while !rest.is_empty() {
-                match Pin::new(&mut self.data_out).poll_write(cx, rest) {
-                    Poll::Ready(Ok(written)) => {
-                        sent += written;
-                        rest = &rest[written..];
-                    }
-                    // Found again, and then reported, by the next call.
-                    Poll::Ready(Err(_)) if sent > 0 => return Ok(sent),
-                    Poll::Ready(Err(WriteError::ConnectionLost(_))) | Poll::Pending => return Ok(sent),
-                    Poll::Ready(Err(error)) => return Err(self.cut(&format!("sending failed: {error}"))),
-                }
-            }
+        match self.data_out.poll_write_parts(cx, parts) {
+            Poll::Ready(Ok(sent)) => Ok(sent),
+            // The control lane's task will say how the link ended.
+            Poll::Ready(Err(WriteError::ConnectionLost(_))) | Poll::Pending => Ok(0),
+            Poll::Ready(Err(error)) => Err(self.cut(&format!("sending failed: {error}"))),
         }
-        Ok(sent)
     }
 
     fn try_recv(&mut self, cx: &mut Context<'_>, into: &mut [u8]) -> Result<usize, Error> {
@@ -543,7 +549,7 @@ async fn receive_all(mut receiver: MessageReceiver, connection: Connection, shar
 }
 
 async fn closed(connection: &Connection) -> End {
-    match connection.quinn().closed().await {
+    match connection.driver().closed().await {
         error if CloseCode::Left.is_in(&error) => End::Left,
         error => End::Lost(in_words(&error)),
     }
