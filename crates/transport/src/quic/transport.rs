@@ -138,6 +138,16 @@ impl QuicTransport {
         Self::over(formed??, io)
     }
 
+    /// The largest UDP payload, in bytes, that is known to get through to `peer` by now. It grows in the first
+    /// moments of a link, up to what the path and the endpoint's [`Settings`](super::Settings) allow.
+    ///
+    /// # Panics
+    /// If there is no link to such a rank.
+    pub fn datagram_bytes(&self, peer: usize) -> usize {
+        let link = self.links[peer].as_ref().expect("a rank has no link to itself");
+        link.connection.get().driver().datagram_bytes()
+    }
+
     fn over(mesh: Mesh, io: IoHandle) -> Result<Self, Error> {
         let Mesh { roster, links, gate } = mesh;
         let caller = Caller::new(gate.door().endpoint().driver(), roster.local_ranks())?;
