@@ -3,7 +3,7 @@
 //! Two processes, one stream, one connection each. The contenders take turns for several rounds, so that a
 //! busy minute of the machine hits all; the table has medians. Every byte is compared on arrival. Run it on
 //! an idle machine with `cargo bench -p paceline-benches --bench quic`; `-- --quick` takes a few seconds and
-//! says little.
+//! says little, and `-- --only "paceline 1452"` leaves out the others.
 //!
 //! The plain quinn program is what its documentation shows: default settings (but for the bound of the MTU)
 //! on a current-thread runtime, which is its fastest.
@@ -80,10 +80,21 @@ fn main() {
 struct Bout {
     contender: Contender,
     side: Side,
-    child: Child,
+    _child: Killed,
     /// GB/s and µs, a value for each round.
     throughput: Vec<f64>,
     round_trip: Vec<f64>,
+}
+
+/// A process that does not outlive this value.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        // Fails if it has ended, which is what we want.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 async fn measure() {
@@ -91,7 +102,8 @@ async fn measure() {
     let effort = if quick { QUICK } else { FULL };
     let authority = JobAuthority::new("bench").expect("a valid name");
     let mut bouts = Vec::new();
-    for contender in CONTENDERS {
+    let only = env::args().skip_while(|argument| argument != "--only").nth(1);
+    for contender in CONTENDERS.into_iter().filter(|it| only.as_ref().is_none_or(|only| *only == it.name())) {
         let mut bout = Bout::begin(contender, &authority).await;
         // Until the MTU is found and windows have grown.
         bout.side.throughput(effort.bytes / 4).await;
@@ -116,6 +128,9 @@ async fn measure() {
             trip.1
         );
     }
+    if only.is_some() {
+        return;
+    }
     let of = |contender| bouts.iter().find(|bout| bout.contender == contender).expect("it took part");
     let median = |values: &[f64]| values[values.len() / 2];
     let speed = |contender| median(&of(contender).throughput);
@@ -123,9 +138,6 @@ async fn measure() {
     let jumbo = speed(Contender::Paceline(JUMBO_DATAGRAM)) / speed(Contender::Tcp);
     println!("paceline/quinn at {SMALL_DATAGRAM}: {small:.2}   (goal: 1.4)");
     println!("paceline/TCP at {JUMBO_DATAGRAM}:   {jumbo:.2}   (goal: 0.7)");
-    for bout in bouts {
-        bout.end().await;
-    }
 }
 
 /// Sorts values; the median and the range in words.
@@ -183,18 +195,13 @@ impl Bout {
                 Side::Paceline(link(io, &endpoint, 1, [addr, endpoint.local_addr()]))
             }
         };
-        Self { contender, side, child, throughput: Vec::new(), round_trip: Vec::new() }
-    }
-
-    async fn end(mut self) {
-        self.side.command(END, 0).await;
-        self.child.wait().expect("a child of ours");
+        let _child = Killed(child);
+        Self { contender, side, _child, throughput: Vec::new(), round_trip: Vec::new() }
     }
 }
 
 // Both sides ------------------------------------------------------------------------------------------------
 
-const END: u8 = 0;
 const THROUGHPUT: u8 = 1;
 const ROUND_TRIP: u8 = 2;
 
@@ -243,7 +250,7 @@ impl Side {
         seconds[count / 2]
     }
 
-    /// Does what the other side commands, until the end.
+    /// Does what the other side commands, until it kills this process.
     async fn serve(&mut self) {
         let (expected, mut buffer) = (block(), vec![0; BLOCK_BYTES]);
         loop {
@@ -251,7 +258,6 @@ impl Side {
             self.receive(&mut command).await;
             let count = u64::from_le_bytes(command[1..].try_into().expect("8 bytes"));
             match command[0] {
-                END => return,
                 THROUGHPUT => {
                     let mut right = 0;
                     for _ in 0..count / BLOCK_BYTES as u64 {
@@ -323,10 +329,6 @@ async fn peer(name: &str) {
         }
     };
     side.serve().await;
-    if let Side::Quinn(quinn) = side {
-        quinn.endpoint.close(0_u32.into(), b"done");
-        quinn.endpoint.wait_idle().await;
-    }
 }
 
 // Paceline --------------------------------------------------------------------------------------------------
@@ -383,7 +385,7 @@ impl Paceline {
 // quinn -----------------------------------------------------------------------------------------------------
 
 struct Quinn {
-    endpoint: quinn::Endpoint,
+    _endpoint: quinn::Endpoint,
     send: quinn::SendStream,
     receive: quinn::RecvStream,
 }
@@ -402,7 +404,7 @@ impl Quinn {
         let connecting = endpoint.connect_with(config, addr, &identity.server_name("m0"));
         let connection = connecting.expect("valid settings").await.expect("the peer is there");
         let (send, receive) = connection.open_bi().await.expect("the peer is there");
-        Self { endpoint, send, receive }
+        Self { _endpoint: endpoint, send, receive }
     }
 
     async fn accept(identity: &Identity, datagram: u16) -> Self {
@@ -418,7 +420,7 @@ impl Quinn {
         println!("{}", endpoint.local_addr().expect("bound"));
         let connection = endpoint.accept().await.expect("open").await.expect("the parent dials");
         let (send, receive) = connection.accept_bi().await.expect("the parent is there");
-        Self { endpoint, send, receive }
+        Self { _endpoint: endpoint, send, receive }
     }
 }
 

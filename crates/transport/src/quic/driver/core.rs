@@ -394,12 +394,17 @@ impl Core {
 
     /// Sends what connections have, in turn, and as much as a turn may.
     pub(super) fn send(&mut self, now: Instant) -> Progress {
+        self.send_batches(now, SEND_BATCHES)
+    }
+
+    /// Sends at most `limit` batches.
+    pub(super) fn send_batches(&mut self, now: Instant, limit: usize) -> Progress {
         if let Some(transmit) = self.unsent.take()
             && self.hand_out(transmit) == Progress::Blocked
         {
             return Progress::Blocked;
         }
-        for _ in 0..SEND_BATCHES {
+        for _ in 0..limit {
             let Some(&id) = self.sending.front() else { return Progress::Done };
             let entry = &mut self.entries[id];
             self.send_buffer.clear();

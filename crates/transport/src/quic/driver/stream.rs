@@ -10,9 +10,9 @@ use thiserror::Error;
 
 use super::connection::Handle;
 
-/// Bytes copied to a stream before they are sent: as much as two batches, so that encryption finds in the
-/// cache what was just copied.
-const WRITE_BYTES: usize = 128 * 1024;
+/// Bytes copied to a stream before a batch of it is sent: as many as one holds, so that batches are full and
+/// encryption finds in the cache what was just copied.
+const WRITE_BYTES: usize = 64 * 1024;
 
 /// The sending half of a stream. Dropping it ends the stream in order.
 #[derive(Debug)]
@@ -95,16 +95,14 @@ impl SendStream {
         cx: &mut Context<'_>,
         parts: &[IoSlice<'_>],
     ) -> Poll<Result<usize, WriteError>> {
-        let (mut taken, mut unsent) = (0, 0);
+        let mut taken = 0;
         for part in parts {
             let mut rest: &[u8] = part;
             while !rest.is_empty() {
                 let piece = &rest[..rest.len().min(WRITE_BYTES)];
-                // A short part waits for the next one: a frame's head travels with its payload.
-                match self.write_piece(cx, piece, taken > 0, unsent + piece.len() >= WRITE_BYTES) {
+                match self.write_piece(cx, piece, taken == 0) {
                     Poll::Ready(Ok(count)) => {
                         taken += count;
-                        unsent = if unsent + piece.len() >= WRITE_BYTES { 0 } else { unsent + count };
                         rest = &rest[count..];
                     }
                     // Found again, and then reported, by the next call.
@@ -116,12 +114,13 @@ impl SendStream {
         Poll::Ready(Ok(self.send(taken)))
     }
 
+    /// Writes a part of `piece`, and sends a batch if that makes a full one: a frame's head waits for its
+    /// payload, and the end of a long payload for its caller's last word.
     fn write_piece(
         &self,
         cx: &mut Context<'_>,
         piece: &[u8],
-        optional: bool,
-        send: bool,
+        is_first: bool,
     ) -> Poll<Result<usize, WriteError>> {
         let Handle { shared, id } = &*self.handle;
         shared.act(|core, now| {
@@ -132,7 +131,7 @@ impl SendStream {
             let count = match entry.proto.send_stream(self.id).write(piece) {
                 Ok(count) => count,
                 Err(quinn_proto::WriteError::Blocked) => {
-                    if !optional {
+                    if is_first {
                         entry.await_writable(self.id, cx.waker());
                     }
                     return Poll::Pending;
@@ -145,8 +144,8 @@ impl SendStream {
                 }
             };
             core.queue(*id);
-            if send {
-                core.send(now);
+            if count == WRITE_BYTES {
+                core.send_batches(now, 1);
             }
             Poll::Ready(Ok(count))
         })
