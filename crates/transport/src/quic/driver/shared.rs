@@ -35,6 +35,9 @@ struct State {
     /// Whether a handle to the endpoint exists; connections may outlive it.
     held: bool,
     background: Background,
+    /// The last time that the protocol was given. It must not go back, as it would when a thread reads the
+    /// clock and then waits for the lock.
+    latest: Instant,
 }
 
 /// What the background task is doing.
@@ -48,12 +51,13 @@ pub(super) enum Background {
 
 impl Shared {
     pub(super) fn new(socket: Arc<Socket>, core: Core) -> Self {
+        let start = Instant::now();
         Self {
-            state: Mutex::new(State { core, held: true, background: Background::Awake }),
+            state: Mutex::new(State { core, held: true, background: Background::Awake, latest: start }),
             socket,
             parked: AtomicUsize::new(0),
             driven_at: AtomicU64::new(NEVER),
-            start: Instant::now(),
+            start,
             call: Notify::new(),
         }
     }
@@ -67,6 +71,7 @@ impl Shared {
     pub(super) fn act<T>(&self, action: impl FnOnce(&mut Core, Instant) -> T) -> T {
         let now = Instant::now();
         let mut state = self.lock();
+        let now = state.advance(now);
         let result = action(&mut state.core, now);
         self.finish(state);
         result
@@ -76,6 +81,7 @@ impl Shared {
     pub(super) fn drive(&self, now: Instant) -> Progress {
         self.stamp(now);
         let mut state = self.lock();
+        let now = state.advance(now);
         let progress = state.core.turn(now);
         self.finish(state);
         progress
@@ -86,6 +92,7 @@ impl Shared {
     pub(super) fn drive_in_background(&self) -> (Progress, Option<Instant>) {
         let now = Instant::now();
         let mut state = self.lock();
+        let now = state.advance(now);
         let received = state.core.turn(now);
         let sent = state.core.send(now);
         let progress = if received == Progress::More { received } else { sent };
@@ -175,6 +182,13 @@ impl Shared {
         // A panic of quinn-proto may leave its state broken, but the close of the process' other
         // connections must not become a second panic in somebody's `Drop`.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn advance(&mut self, now: Instant) -> Instant {
+        self.latest = self.latest.max(now);
+        self.latest
     }
 }
 
