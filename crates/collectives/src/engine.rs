@@ -291,7 +291,9 @@ impl Engine {
         let (frames_sent, frames_received) = (vec![0; world_size], vec![0; world_size]);
         let mut running =
             Running { watch, operation, dtype, group, buffers, reducer, frames_sent, frames_received };
-        self.run_rounds(plan, &mut running)
+        let outcome = self.run_rounds(plan, &mut running);
+        self.transport.pause();
+        outcome
     }
 
     /// Which way a collective with `bytes` bytes goes when ranks share memory, and why; `None` when they do

@@ -14,15 +14,16 @@ use crate::Error;
 use crate::park::Parker;
 
 /// How many turns of its loop the thread runs per task after it was told to stop. A turn polls one task
-/// (`event_interval`), and tasks take turns. To close a connection three are polled one after the
-/// other: the one that closes the endpoint, the connection's, the one that waits for its end; the
-/// rest is slack for tasks that were about to do something else.
+/// (`event_interval`), and tasks take turns. To close a connection two are polled one after the
+/// other: the one that closes the endpoint, and sends that, and the one that waits for the connection's end;
+/// the rest is slack for tasks that were about to do something else.
 const CLOSING_TURNS_PER_TASK: usize = 8;
 
 /// How long dropping an [`IoThread`] waits for those turns, should a task hog the thread.
 const CLOSING_LIMIT: Duration = Duration::from_secs(1);
 
-/// The thread "paceline-io", on which all sockets, timers and encryption of this process run.
+/// The thread "paceline-io": the control plane of this process, and its packets and timers while no thread
+/// waits in a collective.
 ///
 /// Dropping it closes every endpoint and connection made with its handles, so that peers see the end
 /// at once, and stops the thread. That waits for local work only, never for a peer.
@@ -135,7 +136,7 @@ impl IoHandle {
         Task(self.spawn(future))
     }
 
-    /// Gives `call` the runtime that tokio and quinn look for in a thread-local variable.
+    /// Gives `call` the runtime that tokio looks for in a thread-local variable.
     pub(crate) fn inside<T>(&self, call: impl FnOnce() -> T) -> T {
         let _entered = self.runtime.enter();
         call()

@@ -126,6 +126,11 @@ pub trait Transport: Send + fmt::Debug {
         false
     }
 
+    /// An operation is over, and none may follow for a while: what it left to be done for the peers
+    /// (acknowledgements, bytes that the network has not taken yet) must go on without the caller. A hint,
+    /// which costs little where another operation follows at once; without it peers are served some ms late.
+    fn pause(&mut self) {}
+
     /// What was waited for has come, other than through this transport's byte streams.
     fn wait_is_over(&mut self) {}
 

@@ -240,6 +240,14 @@ impl Roster {
     }
 }
 
+impl Roster {
+    /// How many members share this one's address, and with it a host and its processors.
+    pub(crate) fn local_ranks(&self) -> usize {
+        let here = self.members[self.rank].addr.ip();
+        self.members.iter().filter(|member| member.addr.ip() == here).count()
+    }
+}
+
 impl<C: LinkConnection> CloseOnDrop<C> {
     fn new(connection: C) -> Self {
         Self { connection, code: CloseCode::Aborted }
@@ -295,6 +303,13 @@ impl<E: LinkEndpoint> Door<E> {
         drop(by_group);
         self.gates.opened.notify_waiters();
         Ok(Gate { door: self.clone(), group })
+    }
+}
+
+impl<E: LinkEndpoint> Gate<E> {
+    /// The endpoint whose door it is behind.
+    pub(crate) fn endpoint(&self) -> &E {
+        &self.door.endpoint
     }
 }
 
@@ -498,7 +513,9 @@ async fn accept_links<E: LinkEndpoint>(endpoint: E, gates: Arc<Gates<E>>) {
 }
 
 async fn answer<E: LinkEndpoint>(endpoint: E, gates: Arc<Gates<E>>, connection: E::Connection) {
-    let granted = timeout(HELLO_LIMIT, gates.grant(&endpoint, connection.clone())).await;
+    // Kept until the refusal is told: dropping a lane ends it in order, which says nothing.
+    let mut control = None;
+    let granted = timeout(HELLO_LIMIT, gates.grant(&endpoint, connection.clone(), &mut control)).await;
     let refusal = match granted {
         Ok(Ok(())) => return,
         Ok(Err(refusal)) => refusal,
@@ -524,14 +541,20 @@ async fn answer<E: LinkEndpoint>(endpoint: E, gates: Arc<Gates<E>>, connection: 
 }
 
 impl<E: LinkEndpoint> Gates<E> {
-    /// Hears who asks, has the group's gatekeeper decide, and grants the link.
-    async fn grant(&self, endpoint: &E, connection: E::Connection) -> Result<(), Refusal> {
+    /// Hears who asks, has the group's gatekeeper decide, and grants the link. `control` is the place of its
+    /// control lane, which is taken out when the link is granted.
+    async fn grant(
+        &self,
+        endpoint: &E,
+        connection: E::Connection,
+        control: &mut Option<Lane<E>>,
+    ) -> Result<(), Refusal> {
         let failed = |error: Error| match error {
             Error::Refused { reason, .. } => Refusal::Wrong(reason),
             error => Refusal::Wrong(error.to_string()),
         };
-        let mut control = E::accept_control(&connection).await.map_err(failed)?;
-        let hello = control.1.recv::<LinkHello>().await.map_err(failed)?;
+        let lane = control.insert(E::accept_control(&connection).await.map_err(failed)?);
+        let hello = lane.1.recv::<LinkHello>().await.map_err(failed)?;
         let hello = hello.ok_or_else(|| Refusal::Wrong("it asked for no link".to_owned()))?;
         judge_epoch(&self.job, self.epoch, &hello)?;
         let gatekeeper = timeout(GROUP_LIMIT, self.find(hello.group)).await;
@@ -539,9 +562,10 @@ impl<E: LinkEndpoint> Gates<E> {
             Refusal::Ahead(format!("it asks for group {:016x}, which is not formed here now", hello.group))
         })?;
         judge(&gatekeeper.roster, connection.member(), &hello)?;
-        let data = endpoint.accept_data(&connection, &mut control).await.map_err(failed)?;
+        let data = endpoint.accept_data(&connection, lane).await.map_err(failed)?;
         gatekeeper.claim(hello.from, &connection)?;
-        control.0.send(&LinkWelcome { epoch: self.epoch }).await.map_err(failed)?;
+        lane.0.send(&LinkWelcome { epoch: self.epoch }).await.map_err(failed)?;
+        let control = control.take().expect("put in above");
         let link = RawLink { connection: CloseOnDrop::new(connection), control, data };
         // The receiver goes when the group is given up, and then the link must be closed.
         drop(gatekeeper.arrivals.send((hello.from, link)));

@@ -1,8 +1,8 @@
 //! Why a connection ended: our close codes, and every other cause in words.
 
-use quinn::{ConnectionError, TransportErrorCode, VarInt};
+use quinn_proto::{ConnectionError, TransportErrorCode, VarInt};
 
-use super::congestion;
+use super::driver;
 use super::tls::IDLE_TIMEOUT;
 pub(super) use crate::close::CloseCode;
 use crate::close::{self, quote, with_details};
@@ -21,8 +21,7 @@ impl From<CloseCode> for VarInt {
 }
 
 /// Closes a connection and tells the other side why.
-pub(super) fn close(connection: &quinn::Connection, code: CloseCode, reason: &str) {
-    congestion::open(connection);
+pub(super) fn close(connection: &driver::Connection, code: CloseCode, reason: &str) {
     connection.close(code.into(), reason.as_bytes());
 }
 

@@ -12,67 +12,55 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use quinn::congestion::{Controller, ControllerFactory, CubicConfig};
 use quinn_proto::RttEstimator;
+use quinn_proto::congestion::{Controller, ControllerFactory, CubicConfig};
 
-/// Above u32::MAX quinn does not pace either.
+/// Above u32::MAX quinn-proto does not pace either.
 const OPEN_WINDOW: u64 = 1 << 33;
 
 /// Makes the controllers of an endpoint's connections.
 #[derive(Clone, Debug)]
 pub(super) struct CubicUntilClose {
     cubic: Arc<CubicConfig>,
-    all_closing: Arc<AtomicBool>,
 }
 
 /// One connection's controller.
 struct UntilClose {
     cubic: Box<dyn Controller>,
     closing: Arc<AtomicBool>,
-    all_closing: Arc<AtomicBool>,
 }
 
 impl CubicUntilClose {
     pub(super) fn new(initial_window_bytes: u64) -> Self {
         let mut cubic = CubicConfig::default();
         cubic.initial_window(initial_window_bytes);
-        Self { cubic: Arc::new(cubic), all_closing: Arc::default() }
-    }
-
-    /// Opens the windows of all connections, for the endpoint is about to close them.
-    pub(super) fn open_all(&self) {
-        self.all_closing.store(true, Ordering::Relaxed);
+        Self { cubic: Arc::new(cubic) }
     }
 }
 
 /// Opens the window of a connection that is about to be closed.
-pub(super) fn open(connection: &quinn::Connection) {
-    if let Ok(controller) = connection.congestion_state().into_any().downcast::<UntilClose>() {
+pub(super) fn open(connection: &quinn_proto::Connection) {
+    if let Ok(controller) = connection.congestion_state().clone_box().into_any().downcast::<UntilClose>() {
         controller.closing.store(true, Ordering::Relaxed);
     }
 }
 
 impl ControllerFactory for CubicUntilClose {
     fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
-        Box::new(UntilClose {
-            cubic: self.cubic.clone().build(now, current_mtu),
-            closing: Arc::default(),
-            all_closing: self.all_closing.clone(),
-        })
+        Box::new(UntilClose { cubic: self.cubic.clone().build(now, current_mtu), closing: Arc::default() })
     }
 }
 
 impl Controller for UntilClose {
     fn window(&self) -> u64 {
-        if self.closing.load(Ordering::Relaxed) || self.all_closing.load(Ordering::Relaxed) {
+        if self.closing.load(Ordering::Relaxed) {
             return OPEN_WINDOW;
         }
         self.cubic.window()
     }
 
     fn clone_box(&self) -> Box<dyn Controller> {
-        let (closing, all_closing) = (self.closing.clone(), self.all_closing.clone());
-        Box::new(Self { cubic: self.cubic.clone_box(), closing, all_closing })
+        Box::new(Self { cubic: self.cubic.clone_box(), closing: self.closing.clone() })
     }
 
     fn into_any(self: Box<Self>) -> Box<dyn Any> {

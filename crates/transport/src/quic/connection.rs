@@ -3,11 +3,11 @@
 use std::fmt;
 use std::net::SocketAddr;
 
-use quinn::{ReadError, ReadExactError, RecvStream, SendStream, StoppedError, WriteError};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::close::{self, CloseCode, in_words};
+use super::driver::{self, ReadError, ReadExactError, RecvStream, SendStream, StoppedError, WriteError};
 use crate::Error;
 use crate::control_lane::{End, LinkConnection, MessageIn, MessageOut};
 use crate::wire::{self, WireError};
@@ -17,7 +17,7 @@ use crate::wire::{self, WireError};
 /// Cheap to clone. When the last clone and the last lane are dropped, the connection is closed.
 #[derive(Clone)]
 pub struct Connection {
-    quinn: quinn::Connection,
+    driver: driver::Connection,
     member: String,
 }
 
@@ -57,8 +57,8 @@ pub(super) enum Lane {
 const PREFIX_BYTES: usize = 4;
 
 impl Connection {
-    pub(super) fn new(quinn: quinn::Connection, member: String) -> Self {
-        Self { quinn, member }
+    pub(super) fn new(driver: driver::Connection, member: String) -> Self {
+        Self { driver, member }
     }
 
     /// The other side's name, from its verified certificate.
@@ -68,7 +68,7 @@ impl Connection {
 
     /// The other side's address.
     pub fn remote_address(&self) -> SocketAddr {
-        remote_address(&self.quinn)
+        remote_address(&self.driver)
     }
 
     /// Opens a lane of typed messages in both directions, of at most
@@ -91,13 +91,17 @@ impl Connection {
 
     /// Waits until the connection is closed and returns why, in words.
     pub async fn closed(&self) -> String {
-        in_words(&self.quinn.closed().await)
+        in_words(&self.driver.closed().await)
     }
 
     /// Closes the connection and tells the other side why. Messages that are still on their way are
     /// lost; [`MessageSender::finish`] waits for them.
     pub fn close(&self, reason: &str) {
         self.close_with(CloseCode::Finished, reason);
+    }
+
+    pub(super) fn driver(&self) -> &driver::Connection {
+        &self.driver
     }
 
     pub(super) async fn open(
@@ -119,13 +123,13 @@ impl Connection {
     }
 
     pub(super) async fn open_stream(&self, lane: Lane) -> Result<(SendStream, RecvStream), Error> {
-        let (mut send, recv) = self.quinn.open_bi().await.map_err(|error| self.gone(&in_words(&error)))?;
+        let (mut send, recv) = self.driver.open_bi().await.map_err(|error| self.gone(&in_words(&error)))?;
         send.write_all(&[lane as u8]).await.map_err(|error| self.gone(&write_in_words(&error)))?;
         Ok((send, recv))
     }
 
     pub(super) async fn accept_stream(&self, lane: Lane) -> Result<(SendStream, RecvStream), Error> {
-        let (send, mut recv) = self.quinn.accept_bi().await.map_err(|error| self.gone(&in_words(&error)))?;
+        let (send, mut recv) = self.driver.accept_bi().await.map_err(|error| self.gone(&in_words(&error)))?;
         let mut kind = [0];
         recv.read_exact(&mut kind).await.map_err(|error| self.gone(&exact_in_words(&error)))?;
         if kind[0] != lane as u8 {
@@ -155,15 +159,15 @@ impl LinkConnection for Connection {
     }
 
     fn close_with(&self, code: CloseCode, reason: &str) {
-        close::close(&self.quinn, code, reason);
+        close::close(&self.driver, code, reason);
     }
 
     fn close_reason(&self) -> Option<String> {
-        self.quinn.close_reason().map(|error| in_words(&error))
+        self.driver.close_reason().map(|error| in_words(&error))
     }
 
     async fn ended(&self) -> End {
-        match self.quinn.closed().await {
+        match self.driver.closed().await {
             error if CloseCode::Left.is_in(&error) => End::Left,
             error => End::Lost(in_words(&error)),
         }
@@ -225,7 +229,6 @@ impl MessageSender {
             Ok(None) => Ok(()),
             Ok(Some(_)) => Err(gone(self.remote, "it stopped reading messages")),
             Err(StoppedError::ConnectionLost(error)) => Err(gone(self.remote, &in_words(&error))),
-            Err(error) => Err(gone(self.remote, &error.to_string())),
         }
     }
 
@@ -294,7 +297,7 @@ pub(super) fn gone(remote: SocketAddr, reason: &str) -> Error {
     Error::Refused { remote, reason: reason.to_owned() }
 }
 
-pub(super) fn remote_address(connection: &quinn::Connection) -> SocketAddr {
+pub(super) fn remote_address(connection: &driver::Connection) -> SocketAddr {
     // A dual-stack socket reports IPv4 peers as mapped addresses, which nobody recognises in a log.
     let addr = connection.remote_address();
     SocketAddr::new(addr.ip().to_canonical(), addr.port())
@@ -334,7 +337,7 @@ fn read_in_words(error: &ReadError) -> String {
 
 fn exact_in_words(error: &ReadExactError) -> String {
     match error {
-        ReadExactError::FinishedEarly(_) => "it opened a lane and sent nothing".to_owned(),
+        ReadExactError::FinishedEarly => "it opened a lane and sent nothing".to_owned(),
         ReadExactError::ReadError(error) => read_in_words(error),
     }
 }

@@ -4,7 +4,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use quinn::{Incoming, TokioRuntime};
 use rustls::pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Mutex, mpsc};
@@ -12,9 +11,10 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::close::{self, CloseCode, in_words};
-use super::congestion::CubicUntilClose;
 use super::connection::{Connection, Lane, gone, remote_address};
-use super::socket::{self, GuardedSocket};
+use super::driver::{self, Incoming};
+use super::settings::Settings;
+use super::socket::Socket;
 use super::tls;
 use crate::Error;
 use crate::control_lane::LinkConnection;
@@ -59,10 +59,10 @@ pub struct Endpoint {
 #[derive(Debug)]
 struct Shared {
     io: IoHandle,
-    quinn: quinn::Endpoint,
-    client: quinn::ClientConfig,
+    driver: driver::Endpoint,
+    client: quinn_proto::ClientConfig,
     identity: Identity,
-    socket: Arc<GuardedSocket>,
+    socket: Arc<Socket>,
     local_addr: SocketAddr,
     accepted: Mutex<mpsc::Receiver<Connection>>,
     _acceptor: Task<()>,
@@ -91,27 +91,40 @@ impl Endpoint {
     /// # Errors
     /// [`Error::Bind`] with the operating system's reason, [`Error::Identity`] when TLS cannot use the identity.
     pub fn bind(io: &IoHandle, addr: SocketAddr, identity: &Identity) -> Result<Self, Error> {
-        let congestion = CubicUntilClose::new(tls::INITIAL_WINDOW_BYTES);
-        let client = tls::client_config(identity, &congestion)?;
-        let server = tls::server_config(identity, &congestion)?;
-        let (quinn, socket, local_addr) = open(io, addr, server).map_err(|error| Error::Bind {
-            addr,
-            reason: error.to_string(),
-            kind: error.kind(),
-        })?;
+        Self::bind_with(io, addr, identity, &Settings::default())
+    }
+
+    /// [`bind`](Endpoint::bind) for another network than the usual one.
+    ///
+    /// # Errors
+    /// As [`bind`](Endpoint::bind), and [`Error::Usage`] for settings that QUIC cannot have.
+    pub fn bind_with(
+        io: &IoHandle,
+        addr: SocketAddr,
+        identity: &Identity,
+        settings: &Settings,
+    ) -> Result<Self, Error> {
+        settings.check()?;
+        let client = tls::client_config(identity, settings)?;
+        let server = tls::server_config(identity, settings)?;
+        let cannot_bind =
+            |error: std::io::Error| Error::Bind { addr, reason: error.to_string(), kind: error.kind() };
+        let socket = Arc::new(Socket::open(addr).map_err(cannot_bind)?);
+        let driver = driver::Endpoint::open(io, socket.clone(), tls::endpoint_config(settings), server);
+        let driver = driver.map_err(cannot_bind)?;
         let (sender, accepted) = mpsc::channel(ACCEPTED_LIMIT);
         let (alive, released) = mpsc::channel(1);
-        io.spawn(close_in_the_end(io.clone(), quinn.clone(), congestion, released));
+        io.spawn(close_in_the_end(io.clone(), driver.clone(), released));
         let reporter = socket.clone();
         let shared = Shared {
-            local_addr,
+            local_addr: socket.local_addr(),
             accepted: Mutex::new(accepted),
-            _acceptor: io.task(accept_all(quinn.clone(), identity.job().to_owned(), sender)),
+            _acceptor: io.task(accept_all(driver.clone(), identity.job().to_owned(), sender)),
             _reporter: io.task(async move { reporter.report_refused().await }),
             _alive: alive,
             identity: identity.clone(),
             io: io.clone(),
-            quinn,
+            driver,
             client,
             socket,
         };
@@ -148,14 +161,18 @@ impl Endpoint {
         self.shared.accepted.lock().await.recv().await.ok_or_else(closed)
     }
 
+    pub(super) fn driver(&self) -> &driver::Endpoint {
+        &self.shared.driver
+    }
+
     async fn dial(&self, addr: SocketAddr, member: &str) -> Result<Connection, Error> {
-        let Shared { quinn, client, identity, socket, .. } = &*self.shared;
+        let Shared { driver, client, identity, socket, .. } = &*self.shared;
         socket.expect_from(addr);
         let name = identity.server_name(member);
-        let connecting = quinn
-            .connect_with(client.clone(), addr, &name)
+        let connecting = driver
+            .connect(client.clone(), addr, &name)
             .map_err(|error| gone(addr, &format!("cannot dial: {error}")))?;
-        let connection = connecting.await.map_err(|error| gone(addr, &in_words(&error)))?;
+        let connection = connecting.connected().await.map_err(|error| gone(addr, &in_words(&error)))?;
         let connection = Connection::new(connection, member.to_owned());
         let (mut sender, mut receiver) = connection.open(Lane::Hello, HELLO_LIMIT).await?;
         let hello = Hello { protocol_version: PROTOCOL_VERSION, job: identity.job().to_owned() };
@@ -223,48 +240,22 @@ impl LinkEndpoint for Endpoint {
     }
 }
 
-/// Opens the socket and quinn's endpoint on it.
-fn open(
-    io: &IoHandle,
-    addr: SocketAddr,
-    server: quinn::ServerConfig,
-) -> std::io::Result<(quinn::Endpoint, Arc<GuardedSocket>, SocketAddr)> {
-    let socket = socket::open(addr)?;
-    let runtime: Arc<dyn quinn::Runtime> = Arc::new(TokioRuntime);
-    io.inside(|| {
-        let socket = Arc::new(GuardedSocket::new(runtime.wrap_udp_socket(socket)?));
-        let (config, abstract_socket) = (tls::endpoint_config(), socket.clone());
-        let quinn =
-            quinn::Endpoint::new_with_abstract_socket(config, Some(server), abstract_socket, runtime)?;
-        let local_addr = quinn.local_addr()?;
-        Ok((quinn, socket, local_addr))
-    })
-}
-
 /// Closes what is open when the I/O thread stops. Ends before that when the endpoint has been dropped
 /// and its last connection is closed.
-async fn close_in_the_end(
-    io: IoHandle,
-    endpoint: quinn::Endpoint,
-    congestion: CubicUntilClose,
-    mut released: mpsc::Receiver<()>,
-) {
+async fn close_in_the_end(io: IoHandle, endpoint: driver::Endpoint, mut released: mpsc::Receiver<()>) {
     let idle = async {
         // Nothing is ever sent: `None` says that the endpoint is gone.
         let _ = released.recv().await;
         endpoint.wait_idle().await;
     };
     tokio::select! {
-        () = io.closing() => {
-            congestion.open_all();
-            endpoint.close(CloseCode::Aborted.into(), b"its process ended");
-        }
+        () = io.closing() => endpoint.close(CloseCode::Aborted.into(), b"its process ended"),
         () = idle => {}
     }
 }
 
 /// Completes handshakes side by side, so that a stalled one holds up nobody.
-async fn accept_all(endpoint: quinn::Endpoint, job: String, accepted: mpsc::Sender<Connection>) {
+async fn accept_all(endpoint: driver::Endpoint, job: String, accepted: mpsc::Sender<Connection>) {
     let job: Arc<str> = job.into();
     let mut handshakes = JoinSet::new();
     loop {
@@ -276,8 +267,7 @@ async fn accept_all(endpoint: quinn::Endpoint, job: String, accepted: mpsc::Send
         if handshakes.len() >= HANDSHAKES_LIMIT {
             incoming.ignore();
         } else if handshakes.len() >= RETRY_FROM && incoming.may_retry() {
-            // Fails only for clients that must not be asked to retry, which was checked just now.
-            let _ = incoming.retry();
+            incoming.retry();
         } else {
             handshakes.spawn(let_in(incoming, job.clone(), accepted.clone()));
         }
@@ -307,9 +297,9 @@ async fn let_in(incoming: Incoming, job: Arc<str>, accepted: mpsc::Sender<Connec
 
 async fn welcome(incoming: Incoming, job: &str) -> Result<Connection, String> {
     let connecting = incoming.accept().map_err(|error| in_words(&error))?;
-    let quinn = connecting.await.map_err(|error| in_words(&error))?;
-    let remote = remote_address(&quinn);
-    let greeted = greet(&quinn, job).await;
+    let driver = connecting.connected().await.map_err(|error| in_words(&error))?;
+    let remote = remote_address(&driver);
+    let greeted = greet(&driver, job).await;
     greeted.map_err(|error| {
         // In the error of a connection only the reason is news here; the address is logged beside it.
         let reason = match error {
@@ -317,20 +307,20 @@ async fn welcome(incoming: Incoming, job: &str) -> Result<Connection, String> {
             error => error.to_string(),
         };
         tracing::debug!(%remote, reason, "closing after the TLS handshake");
-        close::close(&quinn, CloseCode::Refused, &reason);
+        close::close(&driver, CloseCode::Refused, &reason);
         reason
     })
 }
 
 /// Reads who the client is, answers its hello, and refuses what does not fit.
-async fn greet(quinn: &quinn::Connection, job: &str) -> Result<Connection, Error> {
-    let remote = remote_address(quinn);
+async fn greet(driver: &driver::Connection, job: &str) -> Result<Connection, Error> {
+    let remote = remote_address(driver);
     let refused = |reason: String| gone(remote, &reason);
-    let name = certified_name(quinn).map_err(refused)?;
+    let name = certified_name(driver).map_err(refused)?;
     if name.job != job {
         return Err(refused(format!("its certificate is of the job {:?}", name.job)));
     }
-    let connection = Connection::new(quinn.clone(), name.member);
+    let connection = Connection::new(driver.clone(), name.member);
     let (mut sender, mut receiver) = connection.accept(Lane::Hello, HELLO_LIMIT).await?;
     let hello = receiver.recv::<Hello>().await?;
     let Hello { protocol_version, job: theirs } =
@@ -347,7 +337,7 @@ async fn greet(quinn: &quinn::Connection, job: &str) -> Result<Connection, Error
     Ok(connection)
 }
 
-fn certified_name(connection: &quinn::Connection) -> Result<MemberName, String> {
+fn certified_name(connection: &driver::Connection) -> Result<MemberName, String> {
     let identity = connection.peer_identity().ok_or("the client has no certificate")?;
     let chain = identity
         .downcast::<Vec<CertificateDer<'static>>>()

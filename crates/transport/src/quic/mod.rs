@@ -1,20 +1,21 @@
 //! Ranks as processes, over QUIC with mutual TLS.
 //!
 //! ```text
-//!  caller's thread                        thread "paceline-io" (one per process)
-//!  QuicTransport::try_send ── poll ──┐    quinn's drivers: packets, acknowledgements, timers
-//!  QuicTransport::try_recv ── poll ──┴──▶ stream state under the connection's lock
-//!  send_control / try_recv_control ◀────▶ two small tasks per link
+//!  caller's thread                          thread "paceline-io" (one per process)
+//!  QuicTransport::try_send, try_recv ──┐    two small tasks per link: its control lane
+//!  QuicTransport::spin, wait, pause ───┴─▶ driver ◀─── a task that drives while no caller does
+//!                                            └─▶ quinn-proto, UDP socket
 //! ```
 //!
-//! Data does not hop between threads on its way through us: the caller's thread polls quinn's streams
-//! with the waker of its [`Parker`](crate::park::Parker). Encryption, packets and timers run on the
-//! [`IoThread`].
+//! Data does not hop between threads on its way through us: the caller's thread encrypts, sends and
+//! receives. While it computes, the [`IoThread`] keeps the connections alive.
 //!
 //! | file | what it does |
 //! |---|---|
-//! | `tls` | quinn's settings |
-//! | `socket` | the UDP socket: batch limit, and datagrams that are not QUIC |
+//! | `settings` | what a user may say about the network |
+//! | `tls` | quinn-proto's settings |
+//! | `socket` | the UDP socket: batches, and datagrams that are not QUIC |
+//! | `driver` | runs quinn-proto over the socket |
 //! | `congestion` | Cubic, with a way out for the close frame |
 //! | `close` | close codes, and connection errors in words |
 //! | `connection` | an authenticated connection and its message lanes |
@@ -28,13 +29,16 @@
 mod close;
 mod congestion;
 mod connection;
+mod driver;
 mod endpoint;
+mod settings;
 mod socket;
 mod tls;
 mod transport;
 
 pub use connection::{Connection, MessageReceiver, MessageSender};
 pub use endpoint::Endpoint;
+pub use settings::{Profile, Settings};
 pub use transport::QuicTransport;
 
 pub use crate::io::{IoHandle, IoThread};

@@ -1,14 +1,18 @@
-//! Settings of quinn.
+//! Settings of quinn-proto.
 //!
-//! The rustls configurations come from `credentials`, as quinn's own constructors turn 0-RTT on.
+//! The rustls configurations come from `credentials`, as quinn-proto's own constructors turn 0-RTT on.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-use quinn::{EndpointConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
+use quinn_proto::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use quinn_proto::{
+    AckFrequencyConfig, ClientConfig, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig,
+    TransportConfig, VarInt,
+};
 
 use super::congestion::CubicUntilClose;
+use super::settings::Settings;
 use crate::Error;
 use crate::credentials::{self, unusable};
 use crate::identity::Identity;
@@ -22,29 +26,21 @@ pub(super) const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often an idle connection is kept alive: several tries within the idle timeout.
 const KEEP_ALIVE: Duration = Duration::from_secs(2);
 
-/// The largest UDP payload we send or take: an Ethernet jumbo frame of 9000 bytes less IPv4 and UDP
-/// headers. Larger ones (loopback has 64 KiB) measured no gain (2026-07, facts/transport.md §2.2).
-pub(super) const MAX_DATAGRAM: u16 = 8972;
+/// What a peer may have in flight on all streams of a connection, in windows of one stream: data, and control
+/// beside it. Bounds what it can make us hold.
+const CONNECTION_WINDOWS: u32 = 3;
 
-/// What a peer may have in flight on one stream: 2 MiB fills 4 GB/s at 0.5 ms round trip.
-const STREAM_WINDOW_BYTES: u32 = 2 * 1024 * 1024;
+/// What we hold for a peer until it is acknowledged, in windows of one stream: as much again as it may have
+/// in flight.
+const SEND_WINDOWS: u64 = 2;
 
-/// What a peer may have in flight on all streams of a connection; bounds what it can make us hold.
-const CONNECTION_WINDOW_BYTES: u32 = 3 * STREAM_WINDOW_BYTES;
-
-/// What we hold for a peer until it is acknowledged: as much again as it may have in flight.
-const SEND_WINDOW_BYTES: u64 = 2 * STREAM_WINDOW_BYTES as u64;
-
-/// Congestion window at the start. Cubic's default of 14 KiB makes the first collectives slow, and an
-/// MTU above it would never send a full packet; inside one cluster 1 MiB is a modest first burst.
-pub(super) const INITIAL_WINDOW_BYTES: u64 = 1024 * 1024;
+/// Packets that are acknowledged together (draft-ietf-quic-ack-frequency), where the peer knows that. An
+/// answer mostly comes sooner and carries the acknowledgement along; QUIC's own 2 would send a datagram more
+/// for every other short message. After a loss every packet is acknowledged at once all the same.
+const PACKETS_PER_ACK: u32 = 10;
 
 /// Streams a peer may have open: a hello, one control and one data lane, and room for two more.
 const STREAM_LIMIT: u32 = 5;
-
-/// The first guess of the round trip. quinn's 333 ms suits the internet: a lost first packet would
-/// delay a group by a second. A wrong guess costs one packet sent twice.
-const INITIAL_RTT: Duration = Duration::from_millis(100);
 
 /// Handshakes that may wait for us, and the bytes buffered for each and for all of them.
 const INCOMING_LIMIT: usize = 1024;
@@ -52,27 +48,21 @@ const INCOMING_BUFFER_BYTES: u64 = 32 * 1024;
 const INCOMING_BUFFERS_BYTES: u64 = 4 * 1024 * 1024;
 
 /// Settings for dialling as `identity`.
-pub(super) fn client_config(
-    identity: &Identity,
-    congestion: &CubicUntilClose,
-) -> Result<quinn::ClientConfig, Error> {
+pub(super) fn client_config(identity: &Identity, settings: &Settings) -> Result<ClientConfig, Error> {
     let tls = credentials::client_config(identity, ALPN)?;
     let crypto = QuicClientConfig::try_from(tls).map_err(unusable)?;
-    let mut config = quinn::ClientConfig::new(Arc::new(crypto));
-    config.transport_config(transport_config(congestion));
+    let mut config = ClientConfig::new(Arc::new(crypto));
+    config.transport_config(transport_config(settings));
     Ok(config)
 }
 
 /// Settings for accepting as `identity`; clients need a certificate of the same authority.
-pub(super) fn server_config(
-    identity: &Identity,
-    congestion: &CubicUntilClose,
-) -> Result<quinn::ServerConfig, Error> {
+pub(super) fn server_config(identity: &Identity, settings: &Settings) -> Result<ServerConfig, Error> {
     let tls = credentials::server_config(identity, ALPN)?;
     let crypto = QuicServerConfig::try_from(tls).map_err(unusable)?;
-    let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
+    let mut config = ServerConfig::with_crypto(Arc::new(crypto));
     config
-        .transport_config(transport_config(congestion))
+        .transport_config(transport_config(settings))
         .migration(false)
         .max_incoming(INCOMING_LIMIT)
         .incoming_buffer_size(INCOMING_BUFFER_BYTES)
@@ -81,17 +71,21 @@ pub(super) fn server_config(
 }
 
 /// Settings of the endpoint itself.
-pub(super) fn endpoint_config() -> EndpointConfig {
+pub(super) fn endpoint_config(settings: &Settings) -> EndpointConfig {
     let mut config = EndpointConfig::default();
-    config.max_udp_payload_size(MAX_DATAGRAM).expect("8972 is between QUIC's limits of 1200 and 65527");
+    config.max_udp_payload_size(settings.largest_datagram_bytes).expect("checked settings are in its limits");
     // Version 1 only, and with its fixed bit set: what else arrives is certainly not ours (`socket`).
     config.supported_versions(vec![1]).grease_quic_bit(false);
     config
 }
 
-fn transport_config(congestion: &CubicUntilClose) -> Arc<TransportConfig> {
+fn transport_config(settings: &Settings) -> Arc<TransportConfig> {
     let mut mtu_discovery = MtuDiscoveryConfig::default();
-    mtu_discovery.upper_bound(MAX_DATAGRAM);
+    mtu_discovery.upper_bound(settings.largest_datagram_bytes);
+    let mut ack_frequency = AckFrequencyConfig::default();
+    ack_frequency.ack_eliciting_threshold(VarInt::from_u32(PACKETS_PER_ACK));
+    let profile = settings.profile;
+    let congestion = CubicUntilClose::new(profile.initial_window_bytes(settings.largest_datagram_bytes));
     let idle = IdleTimeout::try_from(IDLE_TIMEOUT).expect("10 s is below QUIC's limit of 2^62 ms");
     let mut config = TransportConfig::default();
     config
@@ -99,12 +93,14 @@ fn transport_config(congestion: &CubicUntilClose) -> Arc<TransportConfig> {
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .max_idle_timeout(Some(idle))
         .keep_alive_interval(Some(KEEP_ALIVE))
-        .initial_rtt(INITIAL_RTT)
-        .stream_receive_window(VarInt::from_u32(STREAM_WINDOW_BYTES))
-        .receive_window(VarInt::from_u32(CONNECTION_WINDOW_BYTES))
-        .send_window(SEND_WINDOW_BYTES)
+        .initial_rtt(profile.initial_rtt())
+        .initial_mtu(settings.first_datagram_bytes)
+        .stream_receive_window(VarInt::from_u32(profile.stream_window_bytes()))
+        .receive_window(VarInt::from_u32(CONNECTION_WINDOWS * profile.stream_window_bytes()))
+        .send_window(SEND_WINDOWS * u64::from(profile.stream_window_bytes()))
+        .ack_frequency_config(Some(ack_frequency))
         .datagram_receive_buffer_size(None)
         .mtu_discovery_config(Some(mtu_discovery))
-        .congestion_controller_factory(Arc::new(congestion.clone()));
+        .congestion_controller_factory(Arc::new(congestion));
     Arc::new(config)
 }

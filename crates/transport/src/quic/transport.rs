@@ -1,24 +1,23 @@
 //! The links of a mesh as a [`Transport`].
 
 use std::io::IoSlice;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use quinn::{ConnectionError, ReadError, RecvStream, SendStream, WriteError};
+use quinn_proto::ConnectionError;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use super::close::{CloseCode, in_words};
 use super::connection::Connection;
+use super::driver::{Caller, ReadError, RecvStream, SendStream, WriteError};
 use super::endpoint::Endpoint;
 use crate::control_lane::{
     self, CONTROL_QUEUE_LIMIT, Control, End, GIVEN_UP_GRACE, LinkState, collect_until, receive_all, send_all,
 };
 use crate::io::IoHandle;
 use crate::mesh::{self, CloseOnDrop, Gate, LinkEndpoint, Mesh, RawLink, Roster};
-use crate::park::Parker;
 use crate::{Error, Forming, Transport};
 
 /// One rank's QUIC links to all other ranks of one epoch.
@@ -30,8 +29,7 @@ use crate::{Error, Forming, Transport};
 pub struct QuicTransport {
     roster: Roster,
     io: IoHandle,
-    parker: Parker,
-    waker: Waker,
+    caller: Caller,
     /// By rank; `None` at this rank.
     links: Vec<Option<Link>>,
     /// Whether this side has left or aborted.
@@ -85,22 +83,32 @@ impl QuicTransport {
     ) -> Result<Self, Error> {
         roster.check(endpoint.identity())?;
         let mesh = mesh::connect(endpoint, roster, deadline, give_up)?;
-        Ok(Self::over(mesh, endpoint.io().clone()))
+        Self::over(mesh, endpoint.io().clone())
     }
 
-    fn over(mesh: Mesh<Endpoint>, io: IoHandle) -> Self {
+    /// The largest UDP payload, in bytes, that is known to get through to `peer` by now. It grows in the first
+    /// moments of a link, up to what the path and the endpoint's [`Settings`](super::Settings) allow.
+    ///
+    /// # Panics
+    /// If there is no link to such a rank.
+    pub fn datagram_bytes(&self, peer: usize) -> usize {
+        let link = self.links[peer].as_ref().expect("a rank has no link to itself");
+        link.connection.get().driver().datagram_bytes()
+    }
+
+    fn over(mesh: Mesh<Endpoint>, io: IoHandle) -> Result<Self, Error> {
         let Mesh { roster, links, gate } = mesh;
-        let parker = Parker::new();
-        let waker = parker.waker();
+        let caller = Caller::new(gate.endpoint().driver(), roster.local_ranks())?;
+        let waker = caller.waker();
         let to_link =
-            |(peer, raw): (usize, Option<RawLink<Connection>>)| Some(Link::new(peer, raw?, &io, &waker));
+            |(peer, raw): (usize, Option<RawLink<Connection>>)| Some(Link::new(peer, raw?, &io, waker));
         let links = links.into_iter().enumerate().map(to_link).collect();
-        Self { roster, parker, waker, links, over: false, gate, io }
+        Ok(Self { roster, caller, links, over: false, gate, io })
     }
 
     fn link(&mut self, peer: usize) -> (&mut Link, Context<'_>) {
         let link = self.links[peer].as_mut().expect("a rank has no link to itself");
-        (link, Context::from_waker(&self.waker))
+        (link, Context::from_waker(self.caller.waker()))
     }
 
     fn check_not_over(&self) -> Result<(), Error> {
@@ -115,6 +123,8 @@ impl QuicTransport {
     fn say_last(&mut self, last: &Control, deadline: Instant) -> Result<Vec<usize>, Error> {
         let goodbyes: Vec<_> =
             self.links.iter_mut().flatten().map(|link| link.say_last(last.clone())).collect();
+        // This thread waits for the I/O thread and cannot drive.
+        self.caller.hand_over();
         self.io.block_on(collect_until(goodbyes, deadline))
     }
 }
@@ -139,12 +149,20 @@ impl Transport for QuicTransport {
     fn try_send(&mut self, to: usize, parts: &[IoSlice<'_>]) -> Result<usize, Error> {
         self.check_not_over()?;
         let (link, mut cx) = self.link(to);
-        link.try_send(&mut cx, parts)
+        let sent = link.try_send(&mut cx, parts)?;
+        if sent > 0 {
+            self.caller.moved(sent);
+        }
+        Ok(sent)
     }
 
     fn try_recv(&mut self, from: usize, into: &mut [u8]) -> Result<usize, Error> {
         let (link, mut cx) = self.link(from);
-        link.try_recv(&mut cx, into)
+        let received = link.try_recv(&mut cx, into)?;
+        if received > 0 {
+            self.caller.moved(0);
+        }
+        Ok(received)
     }
 
     fn send_control(&mut self, to: usize, message: &[u8]) -> Result<(), Error> {
@@ -159,11 +177,19 @@ impl Transport for QuicTransport {
     }
 
     fn wait(&mut self, until: Instant) {
-        self.parker.wait(until);
+        self.caller.wait(until);
+    }
+
+    fn spin(&mut self) -> bool {
+        self.caller.spin()
+    }
+
+    fn pause(&mut self) {
+        self.caller.pause();
     }
 
     fn waker(&self) -> Waker {
-        self.parker.waker()
+        self.caller.waker().clone()
     }
 
     fn give_up(&mut self, peer: usize, _reason: &str) {
@@ -174,8 +200,8 @@ impl Transport for QuicTransport {
 
     fn split(&mut self, members: &[usize], id: u64, deadline: Instant) -> Result<Forming, Error> {
         let io = self.io.clone();
-        let over = |mesh| Ok(Box::new(Self::over(mesh, io)) as Box<dyn Transport>);
-        mesh::split(&self.gate, &self.roster, (members, id), deadline, self.parker.waker(), over)
+        let over = |mesh| Ok(Box::new(Self::over(mesh, io)?) as Box<dyn Transport>);
+        mesh::split(&self.gate, &self.roster, (members, id), deadline, self.waker(), over)
     }
 
     fn abort(&mut self, message: &[u8], deadline: Instant) {
@@ -237,23 +263,12 @@ impl Link {
         if let Some(end) = self.shared.known_end() {
             return Err(end.error(self.peer));
         }
-        let mut sent = 0;
-        for part in parts {
-            let mut rest: &[u8] = part;
-            while !rest.is_empty() {
-                match Pin::new(&mut self.data_out).poll_write(cx, rest) {
-                    Poll::Ready(Ok(written)) => {
-                        sent += written;
-                        rest = &rest[written..];
-                    }
-                    // Found again, and then reported, by the next call.
-                    Poll::Ready(Err(_)) if sent > 0 => return Ok(sent),
-                    Poll::Ready(Err(WriteError::ConnectionLost(_))) | Poll::Pending => return Ok(sent),
-                    Poll::Ready(Err(error)) => return Err(self.cut(&format!("sending failed: {error}"))),
-                }
-            }
+        match self.data_out.poll_write_parts(cx, parts) {
+            Poll::Ready(Ok(sent)) => Ok(sent),
+            // The control lane's task will say how the link ended.
+            Poll::Ready(Err(WriteError::ConnectionLost(_))) | Poll::Pending => Ok(0),
+            Poll::Ready(Err(error)) => Err(self.cut(&format!("sending failed: {error}"))),
         }
-        Ok(sent)
     }
 
     fn try_recv(&mut self, cx: &mut Context<'_>, into: &mut [u8]) -> Result<usize, Error> {

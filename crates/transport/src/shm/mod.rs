@@ -332,6 +332,12 @@ impl Transport for ShmTransport {
         self.waiting.spin() || links
     }
 
+    fn pause(&mut self) {
+        if !self.is_whole() {
+            self.links.pause();
+        }
+    }
+
     fn wait_is_over(&mut self) {
         self.waiting.end(&self.segments);
         if !self.is_whole() {
