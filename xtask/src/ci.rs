@@ -29,11 +29,7 @@ fn steps(report: &mut Report) -> Result<suites::Total> {
     instructions::steps(&instructions::Options::default(), report)?;
     demo::steps(&demo::Options::default(), report)?;
     report.step("tests with libtorch", Budget::minutes(3.0), tests_with_libtorch)?;
-    report.step("tests that need root", Budget::minutes(1.0), |_| {
-        println!("0 suites: none of the present tests needs root");
-        Ok(())
-    })?;
-    Ok(total)
+    Ok(total.and(suites::root_steps(report)?))
 }
 
 fn clippy(limit: Duration) -> Result<()> {
