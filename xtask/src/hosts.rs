@@ -96,7 +96,7 @@ pub fn run(options: &Options) -> Result<()> {
         status
     })?;
     if let Some(relay) = bed.relay() {
-        eprintln!("{:?}", relay.counts());
+        eprintln!("On the links: {}", relay.counts());
     }
     process::must_succeed(status, "paceline run")
 }

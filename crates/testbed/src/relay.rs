@@ -2,6 +2,7 @@
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use std::fmt;
 use std::io::{self, PipeReader, PipeWriter, pipe};
 use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -49,6 +50,15 @@ pub struct Counts {
     pub duplicated: u64,
     /// Held back so that others overtook them.
     pub late: u64,
+}
+
+impl fmt::Display for Counts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { arrived, arrived_bytes, longest, lost, cut, too_large, overflow, duplicated, late } = self;
+        write!(f, "{arrived} packets arrived ({arrived_bytes} bytes, {longest} in the longest), ")?;
+        write!(f, "{lost} were lost, {late} late, {duplicated} doubled; ")?;
+        write!(f, "{cut} met a cut link, {too_large} were too long, {overflow} found the link full")
+    }
 }
 
 #[derive(Debug)]
