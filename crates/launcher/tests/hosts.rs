@@ -53,6 +53,9 @@ const NOTICED: Duration = Duration::from_secs(13);
 /// Joined by the kernel alone.
 static SOUND: LazyLock<Bed> = LazyLock::new(|| build(&Plan::clean(HOSTS, 1500)));
 
+/// Joined by the kernel alone, with jumbo frames.
+static JUMBO: LazyLock<Bed> = LazyLock::new(|| build(&Plan::clean(2, 9000)));
+
 /// Joined by a relay whose faults each test sets.
 static RELAYED: LazyLock<Bed> = LazyLock::new(|| {
     let seed = std::env::var("PACELINE_TEST_SEED")
@@ -81,6 +84,7 @@ fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
     for &links in LINKS {
         trials.extend(over_sound_links(links));
+        trials.extend(over_jumbo_frames(links));
         for (name, faults) in bad_links() {
             trials.extend(over_bad_links(links, name, faults));
         }
@@ -120,6 +124,18 @@ fn over_sound_links(links: &'static str) -> Vec<Trial> {
             let name = format!("{}::on_{ranks}_ranks_of_{hosts}_hosts_over_{links}", behaviour.name);
             trial(name, move || {
                 play(&SOUND, links, ranks, ranks_per_host, &[], behaviour.name).assert_success();
+            })
+        })
+        .collect()
+}
+
+/// Batches of segments that are six times as long.
+fn over_jumbo_frames(links: &'static str) -> Vec<Trial> {
+    let heavy = ALL.iter().filter(|behaviour| behaviour.heavy);
+    heavy
+        .map(|behaviour| {
+            trial(format!("{}::on_2_hosts_over_{links}_with_jumbo_frames", behaviour.name), move || {
+                play(&JUMBO, links, 2, 1, &[], behaviour.name).assert_success();
             })
         })
         .collect()
@@ -448,8 +464,8 @@ fn send_to_a_slow_receiver(mut communicator: Communicator) {
         let held = peak_bytes() - before;
         assert!(held < HELD_BYTES, "the sender has taken {held} bytes more");
     } else {
-        std::thread::sleep(Duration::from_secs(2));
         let before = peak_bytes();
+        std::thread::sleep(Duration::from_secs(2));
         let mut received = vec![0; message.len()];
         communicator.recv(&mut received, 0).expect("rank 0 sends");
         assert!(received == message);

@@ -176,13 +176,18 @@ pub fn host_address(host: usize) -> Ipv4Addr {
     Ipv4Addr::new(10, 77, 0, host as u8 + 1)
 }
 
-/// Why hosts cannot be made here, in one line; `None` if they can.
+/// Why hosts cannot be made here, in one line; `None` if they can. Tries each thing that a bed is made of, but not by way
+/// of a bed: a mistake in here must not look like a machine without the means.
 pub fn missing() -> Option<String> {
     let name = format!("{}-probe", janitor::prefix(0));
     let probe = || -> Result<(), String> {
-        run("nsenter --version").map_err(|error| error.to_string())?;
+        let run = |line: &str| run(line).map(drop).map_err(|error| error.to_string());
         let janitor = Janitor::hire(std::slice::from_ref(&name)).map_err(|error| error.to_string())?;
-        run(&format!("ip netns add {name}")).map_err(|error| error.to_string())?;
+        run("nsenter --version")?;
+        run(&format!("ip netns add {name}"))?;
+        run(&format!("ip -n {name} link add probe type bridge"))?;
+        run(&format!("ip -n {name} link add one type veth peer name other"))?;
+        run(&format!("tc -n {name} qdisc add dev one root tbf rate 1gbit burst 128kb latency 50ms"))?;
         drop(janitor);
         let tun = OpenOptions::new().read(true).write(true).open("/dev/net/tun");
         tun.map(drop).map_err(|error| format!("/dev/net/tun: {error}"))
