@@ -18,7 +18,6 @@ use job::{Finished, Job, PACELINE, now_us, trial};
 use libtest_mimic::Trial;
 use paceline_runtime::World;
 use paceline_runtime::collectives::{Communicator, Config, Error, ReduceOp};
-use paceline_runtime::env::{self, JobEnv};
 use paceline_testbed::{Bed, Counts, Faults, Plan, Relay, SWITCH_ADDRESS};
 use paceline_testing::{ALL, Behaviour};
 
@@ -400,9 +399,7 @@ fn send_against_the_clock(mut communicator: Communicator) {
 
 /// Takes this process's place in its job.
 fn join(config: Config, act: impl FnOnce(Communicator)) {
-    let env = JobEnv::from_vars(env::process).expect("the launcher knows").expect("there is a launcher");
-    let sharing = env::sharing(env::process).expect("the test says nothing wrong");
-    let world = World::join_job(&env, config, sharing).expect("all ranks are started");
+    let world = World::join_with(config).expect("all ranks are started");
     let (communicator, _membership) = world.into_parts();
     act(communicator);
 }
