@@ -29,7 +29,7 @@ pub struct Relay {
     thread: Option<JoinHandle<()>>,
 }
 
-/// What has happened to packets so far, on all paths together.
+/// What has happened to packets, on all paths together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     /// Arrived, copies included.
@@ -128,9 +128,14 @@ impl Relay {
         self.set_cut(a, b, false);
     }
 
-    /// What has happened so far.
+    /// What has happened since the start or the last [`clear_counts`](Self::clear_counts).
     pub fn counts(&self) -> Counts {
         *locked(&self.shared.counts)
+    }
+
+    /// Begins to count anew.
+    pub fn clear_counts(&self) {
+        *locked(&self.shared.counts) = Counts::default();
     }
 
     fn set_cut(&self, a: usize, b: usize, cut: bool) {
