@@ -1,4 +1,5 @@
-// Gloo, as torch.distributed calls it but without Python around it: torch's own ProcessGroupGloo over 127.0.0.1.
+// Gloo, as torch.distributed calls it but without Python around it: torch's own ProcessGroupGloo over 127.0.0.1, or
+// between the network namespaces of PEER_HOSTS, which is FILE=ADDRESS for each rank with commas between them.
 //
 // `bench RANKS ROW...` starts the other ranks itself. Not through Python, because `import torch` needs 4 GB of CUDA
 // libraries on a machine without a GPU, and because a call then costs Gloo what the interpreter takes.
@@ -13,9 +14,12 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <sstream>
 #include <string>
 #include <vector>
 
+#include <fcntl.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
@@ -29,6 +33,24 @@ std::string store_file;
 bool in_place;
 at::Tensor from;
 std::vector<at::Tensor> into;
+
+// Goes to the rank's host, if there are hosts, and returns the address that the rank has. Before libtorch has started a
+// thread: a thread that exists would stay behind.
+std::string enter_host(int rank) {
+  const char *hosts = std::getenv("PEER_HOSTS");
+  if (hosts == nullptr) return "127.0.0.1";
+  std::istringstream entries(hosts);
+  std::string entry;
+  for (int host = 0; host <= rank; host++) std::getline(entries, entry, ',');
+  const size_t middle = entry.find('=');
+  const int file = open(entry.substr(0, middle).c_str(), O_RDONLY | O_CLOEXEC);
+  if (middle == std::string::npos || file < 0 || setns(file, CLONE_NEWNET) != 0) {
+    std::fprintf(stderr, "rank %d: cannot enter the host %s\n", rank, entry.c_str());
+    std::exit(2);
+  }
+  close(file);
+  return entry.substr(middle + 1);
+}
 
 double reduce_one(double own, c10d::ReduceOp op) {
   std::vector<at::Tensor> tensors{torch::full({1}, own, torch::kFloat64)};
@@ -68,9 +90,10 @@ void peer_start(int *argc, char ***argv, int *rank, int *ranks) {
     }
     others.push_back(child);
   }
+  const std::string address = enter_host(*rank);
   at::set_num_threads(1);
   auto options = c10d::ProcessGroupGloo::Options::create(std::chrono::seconds(120));
-  options->devices.push_back(c10d::ProcessGroupGloo::createDeviceForHostname("127.0.0.1"));
+  options->devices.push_back(c10d::ProcessGroupGloo::createDeviceForHostname(address));
   auto store = c10::make_intrusive<c10d::FileStore>(store_file, *ranks);
   group = c10::make_intrusive<c10d::ProcessGroupGloo>(store, *rank, *ranks, options);
 }

@@ -8,6 +8,7 @@ mod checks;
 mod ci;
 mod demo;
 mod environment;
+mod hosts;
 mod instructions;
 mod mutant;
 mod peers;
@@ -36,6 +37,10 @@ enum Task {
     Test,
     /// The tests of the tests alone: builds that are broken on purpose must fail
     Mutants,
+    /// The tests that need root: between hosts, over links that are slow, lossy and broken
+    Root,
+    /// Run a program as the ranks of a job on N hosts of this machine, over links as asked for; needs root
+    Hosts(hosts::Options),
     /// What continuous integration runs: style, documentation, every test, instruction counts, the demo
     Ci,
     /// The checks of the source tree alone: unsafe code, links, configuration variables
@@ -57,6 +62,8 @@ fn main() -> ExitCode {
         Task::Demo(options) => demo::run(&options),
         Task::Test => suites::run(),
         Task::Mutants => mutant::run(),
+        Task::Root => suites::run_root(),
+        Task::Hosts(options) => hosts::run(&options),
         Task::Ci => ci::run(),
         Task::Check => checks::run(),
         Task::Peers(options) => peers::run(&options),

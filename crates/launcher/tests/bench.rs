@@ -53,6 +53,17 @@ fn all_reduce_prints_the_columns_of_nccl_tests_and_every_element_is_right() {
 }
 
 #[test]
+fn ranks_are_started_through_a_shell_command_where_one_is_given() {
+    let through = r#"test "$PACELINE_RANK" = 1 && echo "here is rank $PACELINE_RANK" >&2; exec "$@""#;
+    let mut command = Command::new(env!("CARGO_BIN_EXE_paceline"));
+    command.args(["bench", "barrier", "-n", "3", "--rdzv-endpoint", "127.0.0.2:0", "--through", through]);
+    let output = command.stdin(Stdio::null()).output().expect("started");
+    let (table, log) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success() && table.contains("# Out of bounds values : 0 OK"), "{table}{log}");
+    assert_eq!(log.matches("here is rank 1").count(), 1, "{log}");
+}
+
+#[test]
 fn several_numbers_of_ranks_are_compared_at_the_end() {
     let text = stdout("all_gather --ranks 1..3 -b 12 -e 12 -n 3 -d int32");
     assert_eq!(text.matches("# Out of bounds values : 0 OK").count(), 3, "{text}");

@@ -16,10 +16,12 @@ use super::{RUN_LIMIT, output_of};
 use crate::environment::{self, Recipe};
 use crate::{process, system, torch, workspace};
 use anyhow::{Context, Result, bail};
+use paceline_testbed::{Bed, NETWORK, SWITCH_ADDRESS, host_address};
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::rc::Rc;
 use std::thread;
 use std::time::Duration;
 
@@ -32,6 +34,35 @@ pub enum Library {
     Paceline,
     /// Paceline with buffers that the ranks can see of each other.
     PacelineRegistered,
+    /// Paceline between hosts.
+    PacelineOver(Fabric),
+}
+
+/// What carries Paceline's data between hosts: the values of PACELINE_FABRIC that are measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Fabric {
+    /// The value.
+    variable: &'static str,
+    /// In tables.
+    title: &'static str,
+}
+
+pub const FABRICS: &[Fabric] = &[Fabric { variable: "quic", title: "Paceline QUIC" }];
+
+impl Fabric {
+    pub fn title(self) -> &'static str {
+        self.title
+    }
+
+    pub fn variable(self) -> &'static str {
+        self.variable
+    }
+}
+
+/// Where the ranks run, if it is not on this host: two hosts with one rank each.
+#[derive(Clone)]
+pub struct Hosts {
+    pub bed: Rc<Bed>,
 }
 
 /// A library that can be run.
@@ -43,6 +74,7 @@ pub struct Ready {
     starter: PathBuf,
     /// The benchmark of a peer.
     program: PathBuf,
+    hosts: Option<Hosts>,
 }
 
 const MPICH: Recipe = Recipe {
@@ -83,11 +115,12 @@ impl Library {
             Self::Gloo => "Gloo",
             Self::Paceline => "Paceline",
             Self::PacelineRegistered => "Paceline registered",
+            Self::PacelineOver(fabric) => fabric.title(),
         }
     }
 
     pub fn is_peer(self) -> bool {
-        !matches!(self, Self::Paceline | Self::PacelineRegistered)
+        !matches!(self, Self::Paceline | Self::PacelineRegistered | Self::PacelineOver(_))
     }
 
     /// A barrier has no buffers that could be registered.
@@ -100,7 +133,13 @@ impl Library {
     /// # Errors
     /// It cannot be installed or built.
     pub fn set_up(self, limit: Duration) -> Result<Option<Ready>> {
-        let ready = |version, starter: PathBuf, program| Ready { library: self, version, starter, program };
+        let ready = |version, starter: PathBuf, program| Ready {
+            library: self,
+            version,
+            starter,
+            program,
+            hosts: None,
+        };
         match self {
             Self::OpenMpi => {
                 system::ensure(&OPEN_MPI)?;
@@ -122,7 +161,7 @@ impl Library {
                 let version = format!("Gloo of torch {}", torch::VERSION);
                 Ok(Some(ready(version, program.clone(), program)))
             }
-            Self::Paceline => {
+            Self::Paceline | Self::PacelineOver(_) => {
                 let mut version = Command::new(paceline());
                 version.arg("--version");
                 let version = format!("{self} {}, commit {}", version_of(version)?, commit());
@@ -146,6 +185,18 @@ impl fmt::Display for Library {
 }
 
 impl Ready {
+    /// The same on other hosts.
+    pub fn on(&self, hosts: &Hosts) -> Self {
+        let Self { library, version, starter, program, .. } = self;
+        Self {
+            library: *library,
+            version: version.clone(),
+            starter: starter.clone(),
+            program: program.clone(),
+            hosts: Some(hosts.clone()),
+        }
+    }
+
     /// Runs the rows, all with this number of ranks.
     ///
     /// # Errors
@@ -182,8 +233,12 @@ impl Ready {
         let mut command = Command::new(&self.starter);
         let count = ranks.to_string();
         let crowded = ranks as usize > cpus;
-        match self.library {
-            Library::OpenMpi => {
+        match (self.library, &self.hosts) {
+            (Library::OpenMpi, Some(hosts)) => command = hosts.open_mpi(&self.starter, ranks, &self.program),
+            (_, Some(hosts)) => {
+                command.env("PEER_HOSTS", hosts.for_gloo(ranks)).arg(&count);
+            }
+            (Library::OpenMpi, None) => {
                 command.args(["-n", &count, "--host", &format!("localhost:{ranks}")]);
                 command.args(["--mca", "pml", "ob1", "--mca", "btl", "self,vader"]);
                 command.args(["--mca", "plm", "isolated", "--mca", "oob_tcp_if_include", "lo"]);
@@ -196,7 +251,7 @@ impl Ready {
                 command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
                 command.envs(KEEP_MEMORY).arg(&self.program);
             }
-            Library::Mpich => {
+            (Library::Mpich, None) => {
                 command.args(["-launcher", "fork", "-iface", "lo", "-n", &count]);
                 command.env("UCX_TLS", "self,sm").envs(KEEP_MEMORY);
                 if crowded {
@@ -209,7 +264,7 @@ impl Ready {
                 }
                 command.arg(&self.program);
             }
-            _ => {
+            (_, None) => {
                 command.arg(&count);
             }
         }
@@ -219,7 +274,10 @@ impl Ready {
 
     /// A row is a job of its own: `paceline bench` has one number of iterations for all its sizes.
     fn own(&self, row: &Row) -> Command {
-        let mut command = Command::new(&self.starter);
+        let mut command = match &self.hosts {
+            Some(hosts) => hosts.bed.on_switch(&self.starter),
+            None => Command::new(&self.starter),
+        };
         let Row { case: Case { ranks, bytes }, iterations } = row;
         command.args(["bench", if *bytes == 0 { "barrier" } else { "all_reduce" }]);
         if *bytes > 0 {
@@ -228,9 +286,56 @@ impl Ready {
         if self.library == Library::PacelineRegistered {
             command.arg("--registered");
         }
+        if let Some(Hosts { bed }) = &self.hosts {
+            command.args([
+                "--rdzv-endpoint",
+                &format!("{SWITCH_ADDRESS}:0"),
+                "--through",
+                &bed.rank_script(1),
+            ]);
+        }
+        if let Library::PacelineOver(fabric) = self.library {
+            command.env("PACELINE_FABRIC", fabric.variable());
+        }
         let (warm_up, iterations) = (WARM_UP.to_string(), iterations.to_string());
         command.args(["--ranks", &ranks.to_string(), "-n", &iterations, "-w", &warm_up, "--json"]);
         command
+    }
+}
+
+impl Hosts {
+    /// mpirun at the switch, with a daemon on each host. Both the daemons and the data use the hosts' network alone.
+    fn open_mpi(&self, mpirun: &Path, ranks: u32, program: &Path) -> Command {
+        let mut command = self.bed.on_switch(mpirun);
+        let hosts: Vec<String> =
+            (0..ranks as usize).map(|host| format!("{}:1", host_address(host))).collect();
+        command.args(["-n", &ranks.to_string(), "--host", &hosts.join(",")]);
+        let prefix = self.bed.host_file(0);
+        let prefix = prefix.strip_suffix('0').expect("it ends with the host's number");
+        let agent = format!("sh {} {prefix}", sources().join("agent.sh").display());
+        command.args(["--mca", "plm_rsh_agent", &agent, "--mca", "oob_tcp_if_include", NETWORK]);
+        command.args([
+            "--mca",
+            "pml",
+            "ob1",
+            "--mca",
+            "btl",
+            "self,tcp",
+            "--mca",
+            "btl_tcp_if_include",
+            NETWORK,
+        ]);
+        // A daemon may use the processors of its host alone, which is one for two hosts on two cores.
+        command.args(["--bind-to", "none"]);
+        command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
+        command.envs(KEEP_MEMORY).arg(program);
+        command
+    }
+
+    /// What peers/gloo.cpp reads.
+    fn for_gloo(&self, ranks: u32) -> String {
+        let host = |host| format!("{}={}", self.bed.host_file(host), host_address(host));
+        (0..ranks as usize).map(host).collect::<Vec<_>>().join(",")
     }
 }
 
@@ -303,7 +408,13 @@ mod tests {
     ];
 
     fn ready(library: Library) -> Ready {
-        Ready { library, version: String::new(), starter: "start".into(), program: "bench".into() }
+        Ready {
+            library,
+            version: String::new(),
+            starter: "start".into(),
+            program: "bench".into(),
+            hosts: None,
+        }
     }
 
     #[test]

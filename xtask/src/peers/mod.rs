@@ -1,4 +1,4 @@
-//! `cargo xtask peers`: Paceline beside OpenMPI, MPICH and Gloo on this machine.
+//! `cargo xtask peers`: Paceline beside OpenMPI, MPICH and Gloo on this machine, or [`between`] two hosts.
 //!
 //! Rounds are interleaved: in each, every library runs once over all sizes, and the order rotates, so that what else the
 //! machine does hits all alike. One loop times all of them (peers/bench.c for the peers, `paceline bench` for us: the
@@ -8,9 +8,11 @@
 //! It refuses to tune the peers beyond what their documentation says for one host; which words they get is in
 //! [`library`], with reasons.
 
+mod between;
 mod library;
 mod machine;
 mod measurement;
+mod streams;
 mod summary;
 mod workload;
 
@@ -41,6 +43,9 @@ pub struct Options {
     /// One round of fewer sizes: shows that everything works, its times mean little
     #[arg(long, conflicts_with_all = ["rounds", "write"])]
     quick: bool,
+    /// Between two hosts (network namespaces, which takes root) instead of on this one: Gloo and OpenMPI over TCP
+    #[arg(long)]
+    between_hosts: bool,
     /// Go on without a peer that cannot be installed
     #[arg(long)]
     skip_missing: bool,
@@ -56,7 +61,12 @@ impl Options {
 
     /// The words that repeat this run.
     fn command(&self) -> String {
-        let flags = [(self.quick, "--quick"), (self.skip_missing, "--skip-missing"), (self.write, "--write")];
+        let flags = [
+            (self.between_hosts, "--between-hosts"),
+            (self.quick, "--quick"),
+            (self.skip_missing, "--skip-missing"),
+            (self.write, "--write"),
+        ];
         let given = flags.into_iter().filter(|(given, _)| *given).map(|(_, flag)| flag.to_owned());
         let rounds = (!self.quick).then(|| format!("--rounds {}", self.rounds));
         let words = ["cargo xtask peers".to_owned()].into_iter().chain(rounds).chain(given);
@@ -82,9 +92,16 @@ fn steps(options: &Options, report: &mut Report, result: &mut Option<String>) ->
     report.step("peers: build Paceline", Budget::minutes(6.0), |limit| {
         process::run(cargo(&["build", "--release", "--locked", "--package", "paceline"]), limit)
     })?;
+    if options.between_hosts {
+        between::measure(options, report, result)?;
+        return match result {
+            Some(text) if options.write => write(&summary::BETWEEN, text),
+            _ => Ok(()),
+        };
+    }
     let mut libraries = Vec::new();
     report.step("peers: set up", Budget::minutes(5.0), |limit| {
-        libraries = set_up(options, limit)?;
+        libraries = set_up(Library::ALL, options, limit)?;
         Ok(())
     })?;
     let cases = workload::cases(options.quick);
@@ -103,15 +120,19 @@ fn steps(options: &Options, report: &mut Report, result: &mut Option<String>) ->
     *result = Some(text.clone());
     run.must_be_in_order()?;
     if options.write {
-        write(&text)?;
+        write(&summary::HERE, &text)?;
     }
     Ok(())
 }
 
 /// Installs and builds what can be had.
-fn set_up(options: &Options, limit: Duration) -> Result<Vec<Ready>> {
+fn set_up(
+    libraries: impl IntoIterator<Item = Library>,
+    options: &Options,
+    limit: Duration,
+) -> Result<Vec<Ready>> {
     let mut ready = Vec::new();
-    for library in Library::ALL {
+    for library in libraries {
         match library.set_up(limit) {
             Ok(Some(one)) => ready.push(one),
             Ok(None) => eprintln!("{library}: this build of Paceline has no such thing; left out"),
@@ -227,11 +248,11 @@ fn output_of(command: std::process::Command, limit: Duration) -> Result<(std::pr
     Ok((status, text))
 }
 
-fn write(section: &str) -> Result<()> {
+fn write(markers: &summary::Markers, section: &str) -> Result<()> {
     let path = workspace::root().join(DOCUMENT);
     let text = fs::read_to_string(&path).with_context(|| format!("cannot read {DOCUMENT}"))?;
-    let text = summary::with_section(&text, section)
-        .with_context(|| format!("{DOCUMENT} has no `{}` and `{}`", summary::BEGIN, summary::END))?;
+    let text = summary::with_section(&text, markers, section)
+        .with_context(|| format!("{DOCUMENT} has no `{}` and `{}`", markers.begin, markers.end))?;
     fs::write(&path, text).with_context(|| format!("cannot write {DOCUMENT}"))?;
     eprintln!("The result is in {DOCUMENT}");
     Ok(())

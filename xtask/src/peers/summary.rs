@@ -4,16 +4,25 @@ use super::library::Library;
 use super::measurement::{Measurement, Place};
 use super::workload::{Case, worlds};
 
-/// Around the generated section of docs/benchmarks.md.
-pub const BEGIN: &str = "<!-- peers: begin -->";
-pub const END: &str = "<!-- peers: end -->";
+/// Around a generated section of docs/benchmarks.md.
+pub struct Markers {
+    pub begin: &'static str,
+    pub end: &'static str,
+}
+
+/// The section of one host.
+pub const HERE: Markers = Markers { begin: "<!-- peers: begin -->", end: "<!-- peers: end -->" };
+
+/// The section of several hosts.
+pub const BETWEEN: Markers =
+    Markers { begin: "<!-- peers between hosts: begin -->", end: "<!-- peers between hosts: end -->" };
 
 /// One library's rounds of one case.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct Cell {
-    median_us: f64,
-    min_us: f64,
-    wrong: u64,
+pub struct Cell {
+    pub median_us: f64,
+    pub min_us: f64,
+    pub wrong: u64,
 }
 
 /// All tables: one for each number of ranks and place.
@@ -60,10 +69,11 @@ pub fn wrong_elements(measurements: &[Measurement]) -> Option<String> {
 }
 
 /// The document with another generated section; `None` if it has no place for one.
-pub fn with_section(document: &str, section: &str) -> Option<String> {
-    let (before, rest) = document.split_once(BEGIN)?;
-    let (_, after) = rest.split_once(END)?;
-    Some(format!("{before}{BEGIN}\n{}\n{END}{after}", section.trim_end()))
+pub fn with_section(document: &str, markers: &Markers, section: &str) -> Option<String> {
+    let Markers { begin, end } = markers;
+    let (before, rest) = document.split_once(begin)?;
+    let (_, after) = rest.split_once(end)?;
+    Some(format!("{before}{begin}\n{}\n{end}{after}", section.trim_end()))
 }
 
 fn head(libraries: &[Library]) -> Vec<String> {
@@ -77,17 +87,20 @@ fn head(libraries: &[Library]) -> Vec<String> {
     head
 }
 
+/// One library's rounds of one case; `None` if there was none.
+pub fn cell(measurements: &[Measurement], library: Library, case: Case, place: Place) -> Option<Cell> {
+    let of_cell = |m: &&Measurement| (m.library, m.case, m.place) == (library, case, place);
+    let rounds: Vec<&Measurement> = measurements.iter().filter(of_cell).collect();
+    let times: Vec<f64> = rounds.iter().map(|m| m.mean_us).collect();
+    Some(Cell {
+        median_us: median(&times)?,
+        min_us: times.iter().copied().reduce(f64::min)?,
+        wrong: rounds.iter().map(|m| m.wrong).sum(),
+    })
+}
+
 fn row(case: Case, place: Place, libraries: &[Library], measurements: &[Measurement]) -> Vec<String> {
-    let cell = |library: Library| {
-        let of_cell = |m: &&Measurement| (m.library, m.case, m.place) == (library, case, place);
-        let rounds: Vec<&Measurement> = measurements.iter().filter(of_cell).collect();
-        let times: Vec<f64> = rounds.iter().map(|m| m.mean_us).collect();
-        Some(Cell {
-            median_us: median(&times)?,
-            min_us: times.iter().copied().reduce(f64::min)?,
-            wrong: rounds.iter().map(|m| m.wrong).sum(),
-        })
-    };
+    let cell = |library: Library| cell(measurements, library, case, place);
     let peers = libraries.iter().filter(|library| library.is_peer());
     let best_us = peers.filter_map(|&peer| cell(peer)).map(|cell| cell.median_us).reduce(f64::min);
     let mut row = vec![case.size()];
@@ -120,7 +133,8 @@ fn verdict(own_us: f64, must_us: f64, best_us: Option<f64>) -> &'static str {
     }
 }
 
-fn shown(cell: Cell) -> String {
+/// The median, and in brackets the fastest round.
+pub fn shown(cell: Cell) -> String {
     let times = format!("{} ({})", us(cell.median_us), us(cell.min_us));
     if cell.wrong == 0 { times } else { format!("{times}, {} wrong", cell.wrong) }
 }
@@ -136,7 +150,7 @@ fn us(micros: f64) -> String {
 }
 
 /// The middle one, or the mean of the middle two.
-fn median(values: &[f64]) -> Option<f64> {
+pub fn median(values: &[f64]) -> Option<f64> {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let middle = sorted.len() / 2;
@@ -145,7 +159,7 @@ fn median(values: &[f64]) -> Option<f64> {
 }
 
 /// A table that can be read as text too. The first row is the head.
-fn aligned(rows: &[Vec<String>]) -> String {
+pub fn aligned(rows: &[Vec<String>]) -> String {
     let columns = rows.first().map_or(0, Vec::len);
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..columns).map(width).collect();
@@ -228,11 +242,12 @@ mod tests {
 
     #[test]
     fn the_prose_around_the_generated_section_stays() {
-        let document = format!("# Title\n{BEGIN}\nold\n{END}\nmore\n");
-        let new = with_section(&document, "new\n").unwrap();
-        assert_eq!(new, format!("# Title\n{BEGIN}\nnew\n{END}\nmore\n"));
-        assert_eq!(with_section(&new, "new\n"), Some(new));
-        assert_eq!(with_section("# Title\n", "new"), None);
+        let Markers { begin, end } = HERE;
+        let document = format!("# Title\n{begin}\nold\n{end}\nmore\n");
+        let new = with_section(&document, &HERE, "new\n").unwrap();
+        assert_eq!(new, format!("# Title\n{begin}\nnew\n{end}\nmore\n"));
+        assert_eq!(with_section(&new, &HERE, "new\n"), Some(new));
+        assert_eq!(with_section(&document, &BETWEEN, "new"), None);
     }
 
     #[test]

@@ -29,8 +29,8 @@ pub const FEWEST: u32 = 5;
 /// Calls of each row before the first is timed; WARM_UP in peers/bench.c is the same.
 pub const WARM_UP: u32 = 3;
 
-const KIB: u64 = 1 << 10;
-const MIB: u64 = 1 << 20;
+pub const KIB: u64 = 1 << 10;
+pub const MIB: u64 = 1 << 20;
 
 /// With 2 ranks, and with 4: on 2 cores, where waiting ranks take the time of working ones.
 const SIZES: [(u32, &[u64]); 2] = [

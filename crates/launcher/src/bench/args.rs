@@ -10,7 +10,7 @@ use paceline_transport::Fabric;
 
 use super::collective::{Collective, Place, Shape};
 use super::reference::OPS;
-use crate::cli::fabric;
+use crate::cli::{Endpoint, fabric};
 use crate::error::Error;
 
 /// The most ranks that are started on one machine; beyond it is a typing error.
@@ -57,6 +57,10 @@ pub struct BenchArgs {
     pub fabric: Option<Fabric>,
     /// Where a plot goes.
     pub plot: Option<PathBuf>,
+    /// Where the ranks meet, unless it is on this machine alone.
+    pub rendezvous: Option<Endpoint>,
+    /// The shell command that starts each rank, unless the launcher does.
+    pub through: Option<String>,
     iterations: Option<u32>,
     warmup: Option<u32>,
     /// The arguments after `bench`, which the ranks get too.
@@ -225,6 +229,13 @@ pub struct Flags {
     /// Also write a plot of time and bus bandwidth over the sizes
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
+    /// Where the ranks meet [default: a free port of 127.0.0.1]
+    #[arg(long, alias = "rdzv_endpoint", value_name = "HOST:PORT")]
+    rdzv_endpoint: Option<Endpoint>,
+    /// Start each rank through this shell command, which has the rank's own command in "$@" and its number in
+    /// $PACELINE_RANK; for ranks in containers or other network namespaces
+    #[arg(long, value_name = "COMMAND")]
+    through: Option<String>,
     /// Print which schedule would run for each size and why; measure nothing
     #[arg(long, conflicts_with_all = ["osu", "json", "plot"])]
     explain: bool,
@@ -274,6 +285,8 @@ impl Flags {
             registered: self.registered,
             fabric: self.fabric,
             plot: self.plot,
+            rendezvous: self.rdzv_endpoint,
+            through: self.through,
             iterations: self.iterations,
             warmup: self.warmup,
             words,

@@ -130,23 +130,26 @@ fn run_ranks(args: &BenchArgs, ranks: u32, console: &Console) -> Result<Ended, E
     })
 }
 
-/// The job: this program again, as ranks.
+/// The job: this program again, as ranks, directly or through the shell command that was given.
 fn job(args: &BenchArgs, ranks: u32, inbox: &Inbox) -> Result<RunArgs, Error> {
     let program = std::env::current_exe().map_err(|e| Error::System {
         what: "cannot find this program's own file".to_owned(),
         why: e.to_string(),
     })?;
-    let own = [OsString::from("bench-rank"), "--report".into(), inbox.path().into()];
+    let shell = args.through.iter().flat_map(|script| ["sh", "-c", script, "paceline-bench"]);
+    let own = [program.into(), OsString::from("bench-rank"), "--report".into(), inbox.path().into()];
+    let mut words = shell.map(OsString::from).chain(own).chain(args.words.iter().cloned());
+    let local = Endpoint { host: "127.0.0.1".to_owned(), port: 0 };
     Ok(RunArgs {
         ranks,
-        rendezvous: Endpoint { host: "127.0.0.1".to_owned(), port: 0 },
+        rendezvous: args.rendezvous.clone().unwrap_or(local),
         grace: GRACE,
         timeout: None,
         rendezvous_timeout: RENDEZVOUS_TIMEOUT,
         binding: Binding::Auto,
         fabric: args.fabric,
-        program: program.into(),
-        program_args: own.into_iter().chain(args.words.iter().cloned()).collect(),
+        program: words.next().expect("this program's own name is among them"),
+        program_args: words.collect(),
     })
 }
 

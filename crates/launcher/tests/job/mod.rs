@@ -12,6 +12,9 @@ use libtest_mimic::{Arguments, Failed, Trial};
 /// The first argument of a test executable that runs as a rank; the second says which part it plays.
 const AS_RANK: &str = "as-rank";
 
+/// The launcher.
+pub const PACELINE: &str = env!("CARGO_BIN_EXE_paceline");
+
 /// No job of these tests takes longer; a hang fails its test instead of the whole run.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -46,8 +49,19 @@ pub struct Job {
 impl Job {
     /// Starts `paceline run -n ranks flags -- this executable as the part`.
     pub fn start(ranks: usize, flags: &[&str], part: &str, args: &[&str]) -> Self {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_paceline"));
-        command.args(["run", "-n", &ranks.to_string()]).args(flags).arg("--");
+        Self::start_elsewhere(Command::new(PACELINE), ranks, flags, &[], part, args)
+    }
+
+    /// The same with another command that runs [`PACELINE`], and words that go before the rank's program.
+    pub fn start_elsewhere(
+        mut command: Command,
+        ranks: usize,
+        flags: &[&str],
+        rank_words: &[String],
+        part: &str,
+        args: &[&str],
+    ) -> Self {
+        command.args(["run", "-n", &ranks.to_string()]).args(flags).arg("--").args(rank_words);
         command.arg(std::env::current_exe().expect("a test has an executable"));
         command.args([AS_RANK, part]).args(args).env("RUST_BACKTRACE", "0");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
