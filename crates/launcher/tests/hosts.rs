@@ -22,7 +22,7 @@ use paceline_testbed::{Bed, Faults, Plan, Relay, SWITCH_ADDRESS};
 use paceline_testing::{ALL, Behaviour};
 
 /// What carries data between hosts: each of them runs the whole suite.
-const LINKS: &[&str] = &["quic"];
+const LINKS: &[&str] = &["quic", "tls"];
 
 /// The largest world of the behaviour list but one: five ranks on two processors show nothing about hosts.
 const HOSTS: usize = 4;
