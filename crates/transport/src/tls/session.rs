@@ -207,16 +207,36 @@ impl Session {
                 Err(error) => return Err(error.into()),
             }
         }
-        // At the end of the socket's bytes this tells rustls so, which knows whether that is in order.
-        let mut rest = &self.ahead[self.unread.clone()];
-        self.tls.read_tls(&mut rest)?;
-        self.unread.start = self.unread.end - rest.len();
+        self.feed()?;
         self.tls.process_new_packets()?;
         if self.tls.wants_write() {
             // New keys were asked for.
             self.flush(socket)?;
         }
         Ok(true)
+    }
+}
+
+impl Session {
+    /// Fills rustls's buffer, which takes a little more than a record. As long as a part of the next one is in it, it
+    /// takes as much as there is room for; an empty one is made smaller by rustls, and grows by 4 KiB at a time.
+    fn feed(&mut self) -> Result<(), Fault> {
+        let mut rest = &self.ahead[self.unread.clone()];
+        let mut fed = false;
+        loop {
+            match self.tls.read_tls(&mut rest) {
+                // The end of the socket's bytes: rustls knows whether that is in order.
+                Ok(0) => break,
+                Ok(_) => fed = true,
+                Err(error) if fed && error.kind() == ErrorKind::InvalidData => break,
+                Err(error) => return Err(error.into()),
+            }
+            if rest.is_empty() {
+                break;
+            }
+        }
+        self.unread.start = self.unread.end - rest.len();
+        Ok(())
     }
 }
 
