@@ -102,6 +102,15 @@ fn a_full_window_takes_nothing_and_wakes_the_sender_when_there_is_room<K: Kind>(
     assert_eq!(&last, b"there is room");
 }
 
+fn what_a_link_has_taken_arrives_though_the_sender_does_nothing_more<K: Kind>() {
+    let (_group, mut zero, mut one) = pair::<K>("gone-away");
+    let filled = fill::<K>(&mut zero, 1);
+    recv_exact(&mut one, 0, &mut vec![0; filled]).expect("the link is up");
+    // And once more: whatever sends it must have noticed that it is needed again.
+    let filled = fill::<K>(&mut zero, 1);
+    recv_exact(&mut one, 0, &mut vec![0; filled]).expect("the link is up");
+}
+
 fn control_messages_pass_unread_data<K: Kind>() {
     let (_group, mut zero, mut one) = pair::<K>("control");
     fill::<K>(&mut zero, 1);
@@ -439,6 +448,7 @@ on_every_kind! {
     four_ranks_exchange_with_everybody,
     several_parts_and_tiny_reads_keep_the_order,
     a_full_window_takes_nothing_and_wakes_the_sender_when_there_is_room,
+    what_a_link_has_taken_arrives_though_the_sender_does_nothing_more,
     control_messages_pass_unread_data,
     a_control_lane_that_nobody_reads_ends_the_link_and_not_the_process,
     what_was_sent_before_a_leave_is_read_before_left,

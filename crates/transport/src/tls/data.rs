@@ -27,8 +27,8 @@ const BACKLOG_LIMIT: usize = 10 * 1024 * 1024;
 const PULL_BYTES: usize = 64 * 1024;
 
 /// The limits between which the pauses of the I/O thread double while it waits for a socket's room or bytes.
-/// They are for peers that do not read or send; no caller waits for them.
-const PAUSE: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(20));
+/// What a caller leaves behind when it goes away to compute arrives that much later.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(5));
 
 /// A data connection, before it belongs to a link.
 #[derive(Debug)]
@@ -53,8 +53,8 @@ struct Half {
     received_end: bool,
     /// Whether the caller is done with it.
     closed: bool,
-    /// How often the caller has sent, for the flusher to see.
-    sends: u64,
+    /// Whether the caller has sent since the flusher looked last.
+    sent: bool,
 }
 
 /// Sends what callers left behind, for all links of a transport.
@@ -79,7 +79,7 @@ impl Data {
     pub(super) fn new(stream: DataStream) -> Self {
         let DataStream { socket, session } = stream;
         let half =
-            Half { session, backlog: Vec::new(), taken: 0, received_end: false, closed: false, sends: 0 };
+            Half { session, backlog: Vec::new(), taken: 0, received_end: false, closed: false, sent: false };
         Self { socket, half: Mutex::new(half) }
     }
 
@@ -96,7 +96,7 @@ impl Data {
     /// bytes were left behind.
     pub(super) fn send(&self, parts: &[IoSlice<'_>]) -> Result<(usize, bool), Fault> {
         let mut half = self.half();
-        half.sends += 1;
+        half.sent = true;
         let sent = half.session.send(&mut self.plain(), parts)?;
         Ok((sent, half.session.has_unsent()))
     }
@@ -206,42 +206,50 @@ impl Flusher {
         }
     }
 
-    /// Sends what callers leave behind. Runs on the I/O thread until it is dropped.
-    ///
-    /// A caller that comes back within a pause sends by itself, and is not disturbed.
+    /// Sends what callers leave behind, as far as the sockets have room, one pause later. Runs on the I/O thread
+    /// until it is dropped. Callers that come back send by themselves meanwhile.
     pub(super) async fn run(self: Arc<Self>, links: Vec<Arc<Data>>) {
-        let mut seen = vec![0; links.len()];
         loop {
             self.wake.notified().await;
             let mut pause = PAUSE.0;
             loop {
                 sleep(pause).await;
-                pause = (2 * pause).min(PAUSE.1);
                 // Before the look: what is left behind from now on arms it again.
                 self.armed.store(false, Ordering::Release);
-                let mut left = false;
-                for (data, seen) in links.iter().zip(&mut seen) {
-                    left |= data.flush_if_idle(seen);
+                let mut left = Left::Nothing;
+                for data in &links {
+                    left = left.max(data.flush_left());
                 }
-                if !left {
-                    break;
+                match left {
+                    Left::Nothing => break,
+                    Left::ByIdle => pause = (2 * pause).min(PAUSE.1),
+                    Left::ByActive => pause = PAUSE.0,
                 }
             }
         }
     }
 }
 
+/// What there is still to send.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Left {
+    Nothing,
+    /// By a caller that has not sent since the last look; the receiver is slow.
+    ByIdle,
+    /// By a caller that has.
+    ByActive,
+}
+
 impl Data {
-    /// Sends what is left behind if the caller has not sent since the last look; says whether there is more.
-    fn flush_if_idle(&self, seen: &mut u64) -> bool {
+    /// Sends what is left behind, as far as there is room.
+    fn flush_left(&self) -> Left {
         let mut half = self.half();
-        if half.closed || !half.session.has_unsent() {
-            return false;
-        }
-        if std::mem::replace(seen, half.sends) != half.sends {
-            return true;
-        }
+        let active = std::mem::replace(&mut half.sent, false);
         // A broken connection is found by the caller and by the control lane.
-        matches!(half.session.flush(&mut self.plain()), Ok(false))
+        match half.session.flush(&mut self.plain()) {
+            Ok(false) if !half.closed && active => Left::ByActive,
+            Ok(false) if !half.closed => Left::ByIdle,
+            _ => Left::Nothing,
+        }
     }
 }

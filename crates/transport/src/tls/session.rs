@@ -207,16 +207,36 @@ impl Session {
                 Err(error) => return Err(error.into()),
             }
         }
-        // At the end of the socket's bytes this tells rustls so, which knows whether that is in order.
-        let mut rest = &self.ahead[self.unread.clone()];
-        self.tls.read_tls(&mut rest)?;
-        self.unread.start = self.unread.end - rest.len();
+        self.feed()?;
         self.tls.process_new_packets()?;
         if self.tls.wants_write() {
             // New keys were asked for.
             self.flush(socket)?;
         }
         Ok(true)
+    }
+}
+
+impl Session {
+    /// Fills rustls's buffer, which takes a little more than a record. As long as a part of the next one is in it, it
+    /// takes as much as there is room for; an empty one is made smaller by rustls, and grows by 4 KiB at a time.
+    fn feed(&mut self) -> Result<(), Fault> {
+        let mut rest = &self.ahead[self.unread.clone()];
+        let mut fed = false;
+        loop {
+            match self.tls.read_tls(&mut rest) {
+                // The end of the socket's bytes: rustls knows whether that is in order.
+                Ok(0) => break,
+                Ok(_) => fed = true,
+                Err(error) if fed && error.kind() == ErrorKind::InvalidData => break,
+                Err(error) => return Err(error.into()),
+            }
+            if rest.is_empty() {
+                break;
+            }
+        }
+        self.unread.start = self.unread.end - rest.len();
+        Ok(())
     }
 }
 
@@ -307,5 +327,117 @@ impl From<rustls::Error> for Fault {
 impl From<io::Error> for Fault {
     fn from(error: io::Error) -> Self {
         Fault::Socket(error.kind(), error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::credentials;
+    use crate::identity::JobAuthority;
+
+    const ALPN: &[u8] = b"test";
+
+    struct End {
+        session: Session,
+        socket: UnixStream,
+    }
+
+    impl End {
+        fn send(&mut self, bytes: &[u8]) -> Result<usize, Fault> {
+            self.session.send(&mut Socket::Plain(self.socket.as_fd()), &[IoSlice::new(bytes)])
+        }
+
+        fn receive(&mut self, into: &mut [u8]) -> Result<Received, Fault> {
+            self.session.receive(&mut Socket::Plain(self.socket.as_fd()), into)
+        }
+
+        fn flush(&mut self) -> Result<bool, Fault> {
+            self.session.flush(&mut Socket::Plain(self.socket.as_fd()))
+        }
+    }
+
+    /// A client and a server that have shaken hands.
+    fn pair() -> (End, End) {
+        let authority = JobAuthority::new("job").expect("a name");
+        let identity =
+            |member: &str| authority.issue(member, std::time::Duration::from_secs(3600)).expect("a name");
+        let (a, b) = (identity("a"), identity("b"));
+        let name = a.server_name("b").try_into().expect("a name");
+        let client = credentials::client_config(&a, ALPN).expect("a good identity");
+        let server = credentials::server_config(&b, ALPN).expect("a good identity");
+        let sockets = UnixStream::pair().expect("sockets");
+        let end = |session: Result<Session, Fault>, socket: UnixStream| {
+            socket.set_nonblocking(true).expect("set");
+            End { session: session.expect("good settings"), socket }
+        };
+        let mut one = end(Session::client(Arc::new(client), name), sockets.0);
+        let mut other = end(Session::server(Arc::new(server)), sockets.1);
+        while one.session.is_handshaking() || other.session.is_handshaking() {
+            for end in [&mut one, &mut other] {
+                assert!(end.flush().expect("the socket has room"));
+                let mut socket = Socket::Plain(end.socket.as_fd());
+                end.session.advance(&mut socket).expect("both are of one job");
+                assert!(end.flush().expect("the socket has room"));
+            }
+        }
+        (one, other)
+    }
+
+    #[test]
+    fn what_is_sent_arrives_and_ends_in_order() {
+        let (mut one, mut other) = pair();
+        let bytes: Vec<u8> = (0..100_000_u32).map(|at| (at / 7) as u8).collect();
+        assert_eq!(other.receive(&mut [0; 8]), Ok(Received::Nothing));
+        let (mut sent, mut read, mut buffer) = (0, Vec::new(), vec![0; 1000]);
+        while read.len() < bytes.len() {
+            sent += one.send(&bytes[sent..]).expect("it is open");
+            if let Received::Bytes(count) = other.receive(&mut buffer).expect("it is open") {
+                read.extend_from_slice(&buffer[..count]);
+            }
+        }
+        assert!(read == bytes);
+        assert_eq!(other.receive(&mut buffer), Ok(Received::Nothing));
+        one.session.finish();
+        assert_eq!(one.flush(), Ok(true));
+        for _ in 0..2 {
+            assert_eq!(other.receive(&mut buffer), Ok(Received::End));
+        }
+    }
+
+    #[test]
+    fn bytes_that_end_without_tlss_own_end_are_cut_off() {
+        let (mut one, mut other) = pair();
+        assert_eq!(one.send(b"the beginning"), Ok(13));
+        drop(one);
+        let mut buffer = [0; 100];
+        assert_eq!(other.receive(&mut buffer), Ok(Received::Bytes(13)));
+        for _ in 0..2 {
+            assert_eq!(other.receive(&mut buffer), Err(Fault::Cut));
+        }
+    }
+
+    #[test]
+    fn what_waits_for_a_slow_receiver_is_bounded() {
+        let (mut one, other) = pair();
+        let (block, mut accepted) = (vec![1; 1 << 20], 0);
+        loop {
+            match one.send(&block).expect("it is open") {
+                0 => break,
+                count => accepted += count,
+            }
+            assert!(accepted < 64 << 20, "there is no end of it");
+        }
+        assert!(one.session.has_unsent());
+        // Everything that is in the socket, which is a little longer than what it stands for.
+        let mut on_the_way = 0;
+        let mut buffer = vec![0; 1 << 20];
+        while let Ok(count) = (&other.socket).read(&mut buffer) {
+            on_the_way += count;
+        }
+        assert!(accepted <= on_the_way + UNSENT_LIMIT, "{accepted} accepted, {on_the_way} on the way");
+        assert_eq!(one.flush(), Ok(true), "there is room now");
     }
 }
