@@ -23,8 +23,8 @@ use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
-/// Says in the peer's environment which contender it is.
-const PEER: &str = "PACELINE_BENCH_PEER";
+/// In front of the name of a contender: this process is its other side.
+const PEER: &str = "--peer";
 
 /// Bytes per write and read, and the period of the bytes sent: they stay in the cache.
 const BLOCK_BYTES: usize = 256 * 1024;
@@ -68,10 +68,15 @@ trait Pipe {
 
 fn main() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    match env::var(PEER) {
-        Ok(name) => runtime.block_on(peer(&name)),
-        Err(_) => runtime.block_on(measure()),
+    match value_of(PEER) {
+        Some(name) => runtime.block_on(peer(&name)),
+        None => runtime.block_on(measure()),
     }
+}
+
+/// What follows `flag` in the arguments.
+fn value_of(flag: &str) -> Option<String> {
+    env::args().skip_while(|argument| argument != flag).nth(1)
 }
 
 // The measurement -------------------------------------------------------------------------------------------
@@ -102,7 +107,7 @@ async fn measure() {
     let effort = if quick { QUICK } else { FULL };
     let authority = JobAuthority::new("bench").expect("a valid name");
     let mut bouts = Vec::new();
-    let only = env::args().skip_while(|argument| argument != "--only").nth(1);
+    let only = value_of("--only");
     for contender in CONTENDERS.into_iter().filter(|it| only.as_ref().is_none_or(|only| *only == it.name())) {
         let mut bout = Bout::begin(contender, &authority).await;
         // Until the MTU is found and windows have grown.
@@ -170,7 +175,7 @@ impl Bout {
         let day = Duration::from_secs(24 * 3600);
         let [here, there] = ["m1", "m0"].map(|member| authority.issue(member, day).expect("a valid name"));
         let mut child = Command::new(env::current_exe().expect("this program"))
-            .env(PEER, contender.name())
+            .args([PEER, &contender.name()])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

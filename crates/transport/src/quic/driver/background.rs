@@ -49,8 +49,11 @@ pub(super) async fn run(shared: Arc<Shared>, registered: Registered) {
     let shared = &end.0;
     let mut registered = Some(registered);
     while !shared.is_over() {
-        if shared.is_driven() && !shared.is_overdue(LOOK_EVERY) {
+        if shared.is_driven() {
             registered = None;
+            if shared.is_neglected(LOOK_EVERY) {
+                shared.drive_in_background();
+            }
             shared.background_is_awake();
             // Either way: look again.
             let _ = tokio::time::timeout(LOOK_EVERY, shared.call.notified()).await;

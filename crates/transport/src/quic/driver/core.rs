@@ -10,15 +10,16 @@ use std::sync::Arc;
 use std::task::Waker;
 use std::time::Instant;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use quinn_proto::{
     ClientConfig, ConnectError, ConnectionError, ConnectionEvent, ConnectionHandle, DatagramEvent,
-    EndpointConfig, Incoming, ServerConfig, Transmit, VarInt,
+    EndpointConfig, Incoming, ServerConfig, StreamId, Transmit, VarInt,
 };
 use quinn_udp::RecvMeta;
 use slab::Slab;
 
 use super::entry::Entry;
+use super::pool::Pool;
 use crate::quic::congestion;
 use crate::quic::socket::Socket;
 
@@ -52,6 +53,8 @@ pub(super) struct Core {
     unsent: Option<Transmit>,
     send_buffer: Vec<u8>,
     receive_buffer: Box<[u8]>,
+    received: Pool,
+    written: Pool,
     timers: BTreeSet<(Instant, Id)>,
     incoming: VecDeque<Incoming>,
     /// How all connections are to be closed, once the endpoint is.
@@ -87,6 +90,8 @@ impl Core {
             unsent: None,
             send_buffer: Vec::new(),
             receive_buffer: vec![0; RECEIVE_BATCHES * RECEIVE_BATCH_BYTES].into(),
+            received: Pool::default(),
+            written: Pool::default(),
             timers: BTreeSet::new(),
             incoming: VecDeque::new(),
             closed: None,
@@ -127,6 +132,18 @@ impl Core {
 
     pub(super) fn entry(&mut self, id: Id) -> &mut Entry {
         &mut self.entries[id]
+    }
+
+    /// Writes as much of `piece` to a stream as its windows let it.
+    pub(super) fn write(
+        &mut self,
+        id: Id,
+        stream: StreamId,
+        piece: &[u8],
+    ) -> Result<usize, quinn_proto::WriteError> {
+        let copy = self.written.copy(piece).freeze();
+        let written = self.entries[id].proto.send_stream(stream).write_chunks(&mut [copy])?;
+        Ok(written.bytes)
     }
 
     /// Has the next turn ask a connection for packets.
@@ -312,7 +329,7 @@ impl Core {
     }
 
     fn take_batch(&mut self, now: Instant, meta: &RecvMeta, batch: &[u8], touched: &mut Vec<Id>) {
-        let mut rest = BytesMut::from(batch);
+        let mut rest = self.received.copy(batch);
         let mut response = Vec::new();
         while !rest.is_empty() {
             let datagram = rest.split_to(meta.stride.clamp(1, rest.len()));

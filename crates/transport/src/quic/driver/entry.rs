@@ -59,6 +59,11 @@ impl Entry {
         keep(&mut self.waiting.writers, stream, waker);
     }
 
+    /// Whether somebody waits for a stream to take bytes again.
+    pub(super) fn awaits_writable(&self, stream: StreamId) -> bool {
+        self.waiting.writers.contains_key(&stream)
+    }
+
     /// Wakes `waker` when anything but that has happened.
     pub(super) fn await_change(&mut self, waker: &Waker) {
         if !self.waiting.others.iter().any(|known| known.will_wake(waker)) {

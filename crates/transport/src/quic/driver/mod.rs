@@ -20,6 +20,7 @@
 //! |---|---|
 //! | `core` | the state of an endpoint and one turn of its loop; takes the time as an argument |
 //! | `entry` | one connection: what happened to it, and who waits for that |
+//! | `pool` | memory for large batches, used again |
 //! | `shared` | the lock, who is woken after it, and when the background task must look |
 //! | `background` | the task on the I/O thread |
 //! | `caller` | driving from the thread of a collective: spin, park |
@@ -31,6 +32,7 @@ mod connection;
 mod core;
 mod endpoint;
 mod entry;
+mod pool;
 mod shared;
 mod stream;
 

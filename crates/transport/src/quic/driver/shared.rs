@@ -112,9 +112,13 @@ impl Shared {
         self.lock().background = Background::Awake;
     }
 
-    /// Whether a timer should have fired `grace` ago and nobody cared.
-    pub(super) fn is_overdue(&self, grace: Duration) -> bool {
-        self.lock().core.deadline().is_some_and(|deadline| deadline + grace < Instant::now())
+    /// Whether there is something that those who drive do not see: a timer that should have fired `grace` ago,
+    /// or what others have left to be sent while the callers are parked and wait for packets alone.
+    pub(super) fn is_neglected(&self, grace: Duration) -> bool {
+        let parked = self.parked.load(Ordering::Acquire) > 0;
+        let core = &self.lock().core;
+        let overdue = core.deadline().is_some_and(|deadline| deadline + grace < Instant::now());
+        overdue || (parked && (core.has_unsent() || core.is_blocked()))
     }
 
     /// Whether a caller drives, so that the background task need not.

@@ -100,7 +100,7 @@ impl SendStream {
             let mut rest: &[u8] = part;
             while !rest.is_empty() {
                 let piece = &rest[..rest.len().min(WRITE_BYTES)];
-                match self.write_piece(cx, piece, taken == 0) {
+                match self.write_piece(cx, piece) {
                     Poll::Ready(Ok(count)) => {
                         taken += count;
                         rest = &rest[count..];
@@ -116,24 +116,23 @@ impl SendStream {
 
     /// Writes a part of `piece`, and sends a batch if that makes a full one: a frame's head waits for its
     /// payload, and the end of a long payload for its caller's last word.
-    fn write_piece(
-        &self,
-        cx: &mut Context<'_>,
-        piece: &[u8],
-        is_first: bool,
-    ) -> Poll<Result<usize, WriteError>> {
+    fn write_piece(&self, cx: &mut Context<'_>, piece: &[u8]) -> Poll<Result<usize, WriteError>> {
         let Handle { shared, id } = &*self.handle;
         shared.act(|core, now| {
             let entry = core.entry(*id);
             if let Some(error) = &entry.error {
                 return Poll::Ready(Err(WriteError::ConnectionLost(error.clone())));
             }
-            let count = match entry.proto.send_stream(self.id).write(piece) {
+            // Whoever waits has found the window full since it last opened.
+            let waits = entry.awaits_writable(self.id);
+            let count = match waits {
+                true => Err(quinn_proto::WriteError::Blocked),
+                false => core.write(*id, self.id, piece),
+            };
+            let count = match count {
                 Ok(count) => count,
                 Err(quinn_proto::WriteError::Blocked) => {
-                    if is_first {
-                        entry.await_writable(self.id, cx.waker());
-                    }
+                    core.entry(*id).await_writable(self.id, cx.waker());
                     return Poll::Pending;
                 }
                 Err(quinn_proto::WriteError::Stopped(code)) => {
