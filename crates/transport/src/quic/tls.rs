@@ -63,8 +63,7 @@ pub(super) fn client_config(
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(unusable)?
         .with_root_certificates(roots(identity)?)
-        .with_client_auth_cert(vec![identity.leaf()], identity.key())
-        .map_err(unusable)?;
+        .with_client_cert_resolver(identity.resolver());
     tls.alpn_protocols = vec![ALPN.to_vec()];
     tls.resumption = Resumption::disabled();
     tls.enable_early_data = false;
@@ -87,8 +86,7 @@ pub(super) fn server_config(
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(unusable)?
         .with_client_cert_verifier(verifier)
-        .with_single_cert(vec![identity.leaf()], identity.key())
-        .map_err(unusable)?;
+        .with_cert_resolver(identity.resolver());
     tls.alpn_protocols = vec![ALPN.to_vec()];
     tls.session_storage = Arc::new(NoServerSessionStorage {});
     tls.send_tls13_tickets = 0;
