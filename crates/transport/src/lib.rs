@@ -12,10 +12,13 @@
 //! | [`mem`] | ranks as threads of one process, over a bounded window |
 //! | [`quic`] | ranks as processes, over QUIC with mutual TLS |
 //! | [`shm`] | ranks of one host, through memory that they share |
+//! | [`boot`] | how the nodes of a job that share a secret get their certificates |
+//! | [`secret`] | that secret, and the keys derived from it |
 //! | [`identity`] | the job's certificate authority and its members' identities |
 //! | [`frame`] | the data-plane header, written by hand, and partial sends and receives of frames |
 //! | [`wire`] | control messages: the only file that knows bincode |
 
+pub mod boot;
 pub mod error;
 mod forming;
 pub mod frame;
@@ -23,6 +26,7 @@ pub mod identity;
 pub mod mem;
 pub mod park;
 pub mod quic;
+pub mod secret;
 pub mod shm;
 pub mod wire;
 

@@ -22,7 +22,7 @@ use crate::identity::{Identity, MemberName};
 
 /// The version of everything that is said after the TLS handshake. Raised when messages change; the
 /// refusal then names both versions.
-const PROTOCOL_VERSION: u16 = 1;
+pub(crate) const PROTOCOL_VERSION: u16 = 1;
 
 /// How long a handshake may take, hello and welcome included: ten times a slow one across continents.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);

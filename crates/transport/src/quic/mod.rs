@@ -39,6 +39,7 @@ mod transport;
 
 pub use connection::{Connection, MessageReceiver, MessageSender};
 pub use endpoint::Endpoint;
+pub(crate) use endpoint::PROTOCOL_VERSION;
 pub use io::{IoHandle, IoThread};
 pub use mesh::{Member, Roster};
 pub use transport::QuicTransport;
