@@ -12,9 +12,9 @@ use paceline_transport::shm::{self, Sharing};
 use paceline_transport::{Transport, mem};
 use tokio::sync::oneshot;
 
-use crate::Error;
 use crate::env::{self, JobEnv};
 use crate::rendezvous::{Client, News};
+use crate::{Error, renewal};
 
 /// How much longer than the server a worker waits: the server's answer names who is missing.
 const SERVER_GRACE: Duration = Duration::from_secs(2);
@@ -46,6 +46,7 @@ pub struct Membership {
 #[derive(Debug)]
 struct Job {
     watcher: tokio::task::JoinHandle<()>,
+    renewal: tokio::task::JoinHandle<()>,
     _endpoint: Endpoint,
     _io: IoThread,
 }
@@ -95,7 +96,7 @@ impl World {
         let deadline = Instant::now() + env.rendezvous_timeout + SERVER_GRACE;
         let io = IoThread::start()?;
         let identity = read_identity(&env.identity)?;
-        let endpoint = Endpoint::bind(&io.handle(), local_addr(&env.rendezvous), &identity)?;
+        let endpoint = Endpoint::bind(&io.handle(), listen_address(&env.rendezvous), &identity)?;
         let joining =
             Client::join(endpoint.clone(), env.rendezvous.clone(), env.rank, env.world_size, deadline);
         let (client, roster) = io.handle().block_on(joining)??;
@@ -114,6 +115,7 @@ impl World {
         });
         let interrupter = communicator.interrupter();
         let watcher = io.handle().spawn(watch(client, interrupter, culprits));
+        let renewal = io.handle().spawn(renewal::follow(env.identity.clone(), identity));
         if let Err(error) = communicator.tune() {
             // A rank that is ready may have failed already, or left. Whoever is not finds that in its first
             // operation, like everybody else.
@@ -125,7 +127,7 @@ impl World {
             local_rank: env.local_rank,
             local_world_size: env.local_world_size,
             communicator,
-            membership: Membership { _job: Some(Job { watcher, _endpoint: endpoint, _io: io }) },
+            membership: Membership { _job: Some(Job { watcher, renewal, _endpoint: endpoint, _io: io }) },
         })
     }
 
@@ -174,6 +176,7 @@ impl World {
 impl Drop for Job {
     fn drop(&mut self) {
         self.watcher.abort();
+        self.renewal.abort();
     }
 }
 
@@ -258,13 +261,12 @@ fn read_identity(path: &Path) -> Result<Identity, Error> {
         variable: "PACELINE_IDENTITY",
         reason: format!("{}: {reason}", path.display()),
     };
-    let bundle = std::fs::read_to_string(path).map_err(|error| unusable(error.to_string()))?;
-    Identity::from_pem(&bundle).map_err(|error| unusable(error.to_string()))
+    renewal::read(path).map_err(unusable)
 }
 
-/// The address to listen on: loopback when the rendezvous is there, so that a job on one machine is not
+/// The address on which a member of a job listens: loopback when the rendezvous is there, so that a job on one machine is not
 /// reachable from outside; otherwise all interfaces of the rendezvous's address family.
-fn local_addr(rendezvous: &str) -> SocketAddr {
+pub fn listen_address(rendezvous: &str) -> SocketAddr {
     let host = rendezvous.rsplit_once(':').map_or(rendezvous, |(host, _)| host);
     let host = host.trim_start_matches('[').trim_end_matches(']');
     let ip = match host.parse::<IpAddr>() {
@@ -300,7 +302,7 @@ mod tests {
             ("[fd00::1]:29400", "[::]:0"),
             ("job-launcher-0.job:29400", "0.0.0.0:0"),
         ] {
-            assert_eq!(local_addr(rendezvous).to_string(), expected);
+            assert_eq!(listen_address(rendezvous).to_string(), expected);
         }
     }
 }

@@ -39,7 +39,7 @@ use self::machine::Machine;
 use self::rank::Message;
 use self::report::{Collector, Row, Run};
 use crate::binding::Binding;
-use crate::cli::{Endpoint, RunArgs};
+use crate::cli::{CERTIFICATE_LIFE, Endpoint, RunArgs};
 use crate::console::{Console, Stream};
 use crate::error::Error;
 use crate::run;
@@ -139,6 +139,8 @@ fn job(args: &BenchArgs, ranks: u32, inbox: &Inbox) -> Result<RunArgs, Error> {
     let own = [OsString::from("bench-rank"), "--report".into(), inbox.path().into()];
     Ok(RunArgs {
         ranks,
+        nodes: None,
+        certificate_life: CERTIFICATE_LIFE,
         rendezvous: Endpoint { host: "127.0.0.1".to_owned(), port: 0 },
         grace: GRACE,
         timeout: None,

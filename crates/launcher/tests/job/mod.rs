@@ -46,8 +46,14 @@ pub struct Job {
 impl Job {
     /// Starts `paceline run -n ranks flags -- this executable as the part`.
     pub fn start(ranks: usize, flags: &[&str], part: &str, args: &[&str]) -> Self {
+        let ranks = ranks.to_string();
+        Self::launch(&[&["-n", &ranks], flags].concat(), &[], part, args)
+    }
+
+    /// Starts `paceline run flags -- this executable as the part`, with these variables.
+    pub fn launch(flags: &[&str], variables: &[(&str, &str)], part: &str, args: &[&str]) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_paceline"));
-        command.args(["run", "-n", &ranks.to_string()]).args(flags).arg("--");
+        command.arg("run").args(flags).arg("--").envs(variables.iter().copied());
         command.arg(std::env::current_exe().expect("a test has an executable"));
         command.args([AS_RANK, part]).args(args).env("RUST_BACKTRACE", "0");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());

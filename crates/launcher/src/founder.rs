@@ -1,0 +1,176 @@
+//! The launcher that founds the job: on one machine, or as node 0 of several.
+
+use std::ffi::OsString;
+use std::hash::{BuildHasher, RandomState};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use paceline_runtime::rendezvous::Server;
+use paceline_transport::Error as TransportError;
+use paceline_transport::boot::BootServer;
+use paceline_transport::identity::{Identity, JobAuthority};
+use paceline_transport::quic::{IoHandle, IoThread};
+use paceline_transport::secret::JobSecret;
+
+use crate::cli::RunArgs;
+use crate::console::Console;
+use crate::credentials::{self, Credentials};
+use crate::ending::Ending;
+use crate::error::Error;
+use crate::job::Cause;
+use crate::news::News;
+use crate::rendezvous::{Rendezvous, Status, cause, elsewhere, list_nodes, worker_env};
+use crate::secret;
+
+/// How long this launcher, after a failure and the end of its own ranks, waits for the others: their ranks may still
+/// have something to say about whose failure it was.
+const LINGERING: Duration = Duration::from_secs(5);
+
+/// See [`rendezvous::open`](crate::rendezvous::open).
+pub fn open(args: &RunArgs, console: &Console) -> Result<Box<dyn Rendezvous>, Error> {
+    let secret = args.nodes.as_ref().map(|nodes| secret::read(&nodes.secret)).transpose()?;
+    let news = News::new().map_err(|e| system("cannot make an event descriptor", &e))?;
+    let name = format!("job-{:016x}", RandomState::new().hash_one(std::process::id()));
+    let authority = Arc::new(JobAuthority::new(&name).map_err(|e| certificates(&e))?);
+    let members = credentials::members(args);
+    let identities = credentials::issue(&authority, &members, args.certificate_life);
+    let identities = identities.map_err(|e| certificates(&e))?;
+    let io = IoThread::start().map_err(|e| system("cannot start the I/O thread", &e))?;
+    let server = serve(args, &io.handle(), &identities[0], &news)?;
+    let boot = match secret {
+        Some(secret) => Some(meet(args, &io.handle(), &server, secret, &authority, console)?),
+        None => None,
+    };
+    let credentials = Arc::new(Credentials::store(&identities)?);
+    let life = args.certificate_life;
+    io.handle().spawn(credentials::keep_fresh(Arc::downgrade(&credentials), life, move || {
+        let fresh = credentials::issue(&authority, &members, life);
+        std::future::ready(fresh.map(|fresh| (fresh, life)).map_err(|e| e.to_string()))
+    }));
+    tracing::info!(address = %server.local_addr(), "rendezvous open");
+    let ended = Mutex::new(None);
+    Ok(Box::new(Founder { args: args.clone(), server, _boot: boot, credentials, ended, news, _io: io }))
+}
+
+/// The fields are dropped in this order: first nobody is served, then the certificates and the thread go.
+struct Founder {
+    args: RunArgs,
+    server: Server,
+    _boot: Option<BootServer>,
+    credentials: Arc<Credentials>,
+    /// When the last rank of this machine had ended.
+    ended: Mutex<Option<Instant>>,
+    news: News,
+    _io: IoThread,
+}
+
+impl Rendezvous for Founder {
+    fn worker_env(&self, rank: u32) -> Vec<(String, OsString)> {
+        // The ranks of several nodes dial the address that the others use, so that theirs is one that the others reach.
+        let rendezvous = match &self.args.nodes {
+            Some(_) => self.args.rendezvous.to_string(),
+            None => self.server.local_addr().to_string(),
+        };
+        worker_env(&self.args, rank, rendezvous, &self.credentials)
+    }
+
+    fn announce_exit(&self, rank: u32) {
+        self.server.announce_exit(rank as usize);
+    }
+
+    fn announce_death(&self, rank: u32, ending: Ending, by_itself: bool) {
+        self.server.announce_death(rank as usize, &ending.to_string(), ending.exit_code(), by_itself);
+    }
+
+    fn ranks_ended(&self) {
+        self.ended.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(Instant::now);
+    }
+
+    fn failure_elsewhere(&self) -> Option<(String, u8)> {
+        elsewhere(&self.args, self.server.failure()?)
+    }
+
+    fn is_over(&self) -> bool {
+        let ended = *self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        let lingered = ended.is_some_and(|at| at.elapsed() >= LINGERING);
+        self.server.others_are_gone() || (lingered && self.server.failure().is_some())
+    }
+
+    fn cause(&self) -> Option<Cause> {
+        self.server.cause().map(|failure| cause(&self.args, failure))
+    }
+
+    fn news(&self) -> &News {
+        &self.news
+    }
+}
+
+fn serve(args: &RunArgs, io: &IoHandle, identity: &Identity, news: &News) -> Result<Server, Error> {
+    let bind = |address| {
+        let bell = news.clone();
+        let on_change = Arc::new(move || bell.ring());
+        Server::bind(io, address, identity, args.layout(), args.rendezvous_timeout, on_change)
+    };
+    let address = resolve(args)?;
+    match bind(address) {
+        // The name may mean a service in front of this machine; what is sent to it arrives at any address.
+        Err(TransportError::Bind { kind: io::ErrorKind::AddrNotAvailable, .. }) if args.nodes.is_some() => {
+            let any: IpAddr = match address {
+                SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+                SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+            };
+            bind(SocketAddr::new(any, address.port()))
+        }
+        bound => bound,
+    }
+    .map_err(|e| refused(args, &e))
+}
+
+/// Lets the other nodes come, and waits until they have.
+fn meet(
+    args: &RunArgs,
+    io: &IoHandle,
+    server: &Server,
+    secret: JobSecret,
+    authority: &Arc<JobAuthority>,
+    console: &Console,
+) -> Result<BootServer, Error> {
+    let deadline = Instant::now() + args.rendezvous_timeout;
+    let (address, life) = (server.local_addr(), args.certificate_life);
+    let boot = BootServer::bind(io, address, secret, authority.clone(), life, server.registrar());
+    let boot = boot.map_err(|e| refused(args, &e))?;
+    let (status, endpoint) = (Status::new(console), args.rendezvous.to_string());
+    let waiting =
+        move |missing: &[u32]| status.waiting_for(&format!("{} to come to {endpoint}", list_nodes(missing)));
+    server.wait_for_nodes(deadline, waiting).map_err(|e| Error::nodes(args, &e))?;
+    Ok(boot)
+}
+
+fn resolve(args: &RunArgs) -> Result<SocketAddr, Error> {
+    let endpoint = &args.rendezvous;
+    let unknown = |why: String| Error::Endpoint { endpoint: endpoint.to_string(), why };
+    let mut addresses =
+        (endpoint.host.as_str(), endpoint.port).to_socket_addrs().map_err(|e| unknown(e.to_string()))?;
+    addresses.next().ok_or_else(|| unknown("the name has no address".to_owned()))
+}
+
+fn refused(args: &RunArgs, e: &TransportError) -> Error {
+    let TransportError::Bind { reason, kind, .. } = e else { return certificates(e) };
+    let why = match kind {
+        io::ErrorKind::AddrInUse => "the port is in use; choose another one with --rdzv-endpoint".to_owned(),
+        io::ErrorKind::AddrNotAvailable => "this machine does not have that address".to_owned(),
+        io::ErrorKind::PermissionDenied => "ports below 1024 need privileges; choose another one".to_owned(),
+        _ => reason.clone(),
+    };
+    Error::Endpoint { endpoint: args.rendezvous.to_string(), why }
+}
+
+fn certificates(e: &TransportError) -> Error {
+    system("cannot make the job's certificates", e)
+}
+
+fn system(what: &str, why: &dyn std::fmt::Display) -> Error {
+    Error::System { what: what.to_owned(), why: why.to_string() }
+}
