@@ -34,32 +34,121 @@ fn main() {
                 attack(of_another_job, "not of this job");
             }),
             trial("random_bytes_are_refused_and_the_job_goes_on", || attack(random_bytes, "not QUIC")),
+            trial(
+                "ten_thousand_half_open_handshakes_and_a_flood_cost_little_memory_and_the_job_goes_on",
+                flood,
+            ),
         ]
     });
 }
 
+/// A running job, its processes with their ports, and the file that ends it.
+struct Victim {
+    job: Job,
+    processes: Vec<(String, Vec<SocketAddr>)>,
+    folder: tempfile::TempDir,
+}
+
+impl Victim {
+    fn start() -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let stop = folder.path().join("stop");
+        let mut job = Job::start(RANKS, &[], "loop", &[stop.to_str().expect("the path is text")]);
+        let mut pids: Vec<String> = job
+            .wait_for("looping", RANKS)
+            .iter()
+            .map(|line| line.rsplit(' ').next().expect("the line ends with the pid").to_owned())
+            .collect();
+        pids.push(job.launcher.id().to_string());
+        let with_ports = |pid: String| {
+            let ports = udp_ports(&pid);
+            assert!(!ports.is_empty(), "process {pid} has no UDP socket");
+            (pid, ports.into_iter().map(|port| SocketAddr::from(([127, 0, 0, 1], port))).collect())
+        };
+        Self { job, processes: pids.into_iter().map(with_ports).collect(), folder }
+    }
+
+    fn ports(&self) -> impl Iterator<Item = SocketAddr> {
+        self.processes.iter().flat_map(|(_, ports)| ports.iter().copied())
+    }
+
+    /// Ends the job, which must have gone on.
+    fn end(self) -> Finished {
+        fs::write(self.folder.path().join("stop"), "").expect("the folder can be written");
+        let finished: Finished = self.job.finish();
+        finished.assert_success();
+        assert_eq!(finished.lines_with("looped well").len(), RANKS, "{}", finished.lines.join("\n"));
+        finished
+    }
+}
+
 /// Runs a job, attacks the rendezvous and every rank's port, and looks at the logs.
 fn attack(attacker: fn(SocketAddr), expected: &str) {
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    let stop = folder.path().join("stop");
-    let mut job = Job::start(RANKS, &[], "loop", &[stop.to_str().expect("the path is text")]);
-    let mut pids: Vec<String> = job
-        .wait_for("looping", RANKS)
-        .iter()
-        .map(|line| line.rsplit(' ').next().expect("the line ends with the pid").to_owned())
-        .collect();
-    pids.push(job.launcher.id().to_string());
-    for pid in &pids {
-        let ports = udp_ports(pid);
-        assert!(!ports.is_empty(), "process {pid} has no UDP socket");
-        ports.into_iter().for_each(|port| attacker(SocketAddr::from(([127, 0, 0, 1], port))));
-    }
+    let mut victim = Victim::start();
+    victim.ports().for_each(attacker);
     // One line from the rendezvous and one from each rank.
-    job.wait_for(expected, RANKS + 1);
-    fs::write(&stop, "").expect("the folder can be written");
-    let finished: Finished = job.finish();
-    finished.assert_success();
-    assert_eq!(finished.lines_with("looped well").len(), RANKS, "{}", finished.lines.join("\n"));
+    victim.job.wait_for(expected, RANKS + 1);
+    victim.end();
+}
+
+/// What a process may grow by while it is attacked.
+const GROWTH_KIB: u64 = 48 * 1024;
+
+fn flood() {
+    let victim = Victim::start();
+    let before: Vec<u64> = victim.processes.iter().map(|(pid, _)| peak_kib(pid)).collect();
+    let datagrams = first_datagrams(10_000);
+    let socket = UdpSocket::bind("127.0.0.1:0").expect("loopback has free ports");
+    for datagram in &datagrams {
+        for addr in victim.ports() {
+            // A full socket buffer drops datagrams, which is all right here.
+            let _ = socket.send_to(datagram, addr);
+        }
+    }
+    for _ in 0..20 {
+        victim.ports().for_each(random_bytes);
+    }
+    for ((pid, _), before) in victim.processes.iter().zip(before) {
+        let grown = peak_kib(pid).saturating_sub(before);
+        assert!(grown < GROWTH_KIB, "process {pid} has grown by {grown} KiB");
+    }
+    let finished = victim.end();
+    let refused = finished.lines.iter().filter(|line| line.contains("refused")).count();
+    assert!(refused < 5000, "{refused} lines in the log");
+}
+
+/// The most memory that a process has had.
+fn peak_kib(pid: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the process runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a size");
+    line.trim().trim_end_matches(" kB").parse().expect("a number")
+}
+
+/// The first datagrams of `count` handshakes that nobody will continue.
+fn first_datagrams(count: usize) -> Vec<Vec<u8>> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let sink = tokio::net::UdpSocket::bind("127.0.0.1:0").await.expect("loopback has free ports");
+        let addr = sink.local_addr().expect("it is bound");
+        let endpoint = quinn::Endpoint::client(SocketAddr::from(([127, 0, 0, 1], 0))).expect("a socket");
+        let mut tls = stranger(None);
+        tls.alpn_protocols = vec![b"paceline/1".to_vec()];
+        let config = QuicClientConfig::try_from(tls).expect("TLS 1.3 has the initial cipher suite");
+        let config = quinn::ClientConfig::new(Arc::new(config));
+        // By the name that the client gives the server (RFC 9000, 17.2): clients repeat themselves.
+        let mut datagrams = std::collections::HashMap::new();
+        let mut buffer = [0; 2048];
+        while datagrams.len() < count {
+            let connecting = endpoint.connect_with(config.clone(), addr, "somebody.example").expect("a call");
+            let before = datagrams.len();
+            while datagrams.len() == before {
+                let len = sink.recv(&mut buffer).await.expect("a first datagram");
+                datagrams.entry(buffer[6..14].to_vec()).or_insert_with(|| buffer[..len].to_vec());
+            }
+            drop(connecting);
+        }
+        datagrams.into_values().collect()
+    })
 }
 
 /// The UDP ports a process listens on, by the inodes of its sockets.

@@ -345,7 +345,7 @@ fn secrets_kept() {
             let pid = line.rsplit(' ').next().expect("the line ends with the pid");
             let read = |file: &str| fs::read(format!("/proc/{pid}/{file}")).expect("the rank runs");
             let environment = String::from_utf8_lossy(&read("environ")).into_owned();
-            for word in [SECRET, "PRIVATE KEY", "PACELINE_JOB_SECRET"] {
+            for word in [SECRET, "PRIVATE KEY", "PACELINE_JOB_SECRET_FILE"] {
                 assert!(!environment.contains(word), "{word} is in the environment of a rank");
             }
             assert!(!String::from_utf8_lossy(&read("cmdline")).contains(SECRET));
