@@ -114,18 +114,30 @@ fn serve(args: &RunArgs, io: &IoHandle, identity: &Identity, news: &News) -> Res
         Server::bind(io, address, identity, args.layout(), args.rendezvous_timeout, on_change)
     };
     let address = resolve(args)?;
-    match bind(address) {
-        // The name may mean a service in front of this machine; what is sent to it arrives at any address.
+    let listen = listen_address(&args.rendezvous.host, args.nodes.is_some(), address);
+    let bound = match bind(listen) {
+        // It may be that of a service in front of this machine; what is sent to it arrives at any address.
         Err(TransportError::Bind { kind: io::ErrorKind::AddrNotAvailable, .. }) if args.nodes.is_some() => {
-            let any: IpAddr = match address {
-                SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-                SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-            };
-            bind(SocketAddr::new(any, address.port()))
+            bind(any(address))
         }
         bound => bound,
-    }
-    .map_err(|e| refused(args, &e))
+    };
+    bound.map_err(|e| refused(args, &e))
+}
+
+/// Where to listen for a host that means `address` on this machine: there, if that was written. A name may mean
+/// something else on other machines (Debian gives a machine's own name 127.0.1.1), so it stands for all addresses.
+fn listen_address(host: &str, several_nodes: bool, address: SocketAddr) -> SocketAddr {
+    let exact = !several_nodes || host == "localhost" || host.parse::<IpAddr>().is_ok();
+    if exact { address } else { any(address) }
+}
+
+fn any(address: SocketAddr) -> SocketAddr {
+    let ip: IpAddr = match address {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    SocketAddr::new(ip, address.port())
 }
 
 /// Lets the other nodes come, and waits until they have.
@@ -173,4 +185,21 @@ fn certificates(e: &TransportError) -> Error {
 
 fn system(what: &str, why: &dyn std::fmt::Display) -> Error {
     Error::System { what: what.to_owned(), why: why.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_other_machines_use_stands_for_all_addresses() {
+        let at = |host, several, address: &str| {
+            listen_address(host, several, address.parse().expect("an address")).to_string()
+        };
+        assert_eq!(at("node-0", true, "127.0.1.1:1"), "0.0.0.0:1");
+        assert_eq!(at("node-0", true, "[fd00::1]:1"), "[::]:1");
+        assert_eq!(at("node-0", false, "127.0.1.1:1"), "127.0.1.1:1");
+        assert_eq!(at("localhost", true, "127.0.0.1:1"), "127.0.0.1:1");
+        assert_eq!(at("10.0.0.1", true, "10.0.0.1:1"), "10.0.0.1:1");
+    }
 }

@@ -484,7 +484,8 @@ async fn attend(
     waiting: impl Fn(&[u32]),
 ) -> Result<Lane, Error> {
     let failed = |reason: String| Error::Rendezvous { endpoint: server.clone(), reason };
-    let connection = dial(&endpoint, &server, deadline).await.map_err(failed)?;
+    let dialled = dial(&endpoint, &server, deadline).await;
+    let connection = dialled.map_err(|reason| failed(format!("no connection over UDP: {reason}")))?;
     let (mut sender, mut receiver) = connection.open_messages().await?;
     sender.send(&Report::Attend { incarnation }).await?;
     let mut beat = tokio::time::interval(BEAT);
