@@ -42,6 +42,9 @@ pub struct RunArgs {
     pub ranks: u32,
     /// The nodes of a job on several machines; `None` for one.
     pub nodes: Option<NodeArgs>,
+    /// The folder with the certificates of this machine's members, made by others; `None` for an authority of the
+    /// job's own.
+    pub identity: Option<PathBuf>,
     /// How long certificates are valid; new ones are issued before.
     pub certificate_life: Duration,
     /// Where the rendezvous listens.
@@ -67,8 +70,8 @@ pub struct NodeArgs {
     pub count: u32,
     /// The number of this one.
     pub rank: u32,
-    /// The file with the job secret.
-    pub secret: PathBuf,
+    /// The file with the job secret; none where all have certificates made by others.
+    pub secret: Option<PathBuf>,
 }
 
 impl RunArgs {
@@ -181,6 +184,10 @@ struct RunFlags {
     /// The file with the job secret, the same on all machines [env: PACELINE_JOB_SECRET_FILE]
     #[arg(long, alias = "job_secret", value_name = "FILE")]
     job_secret: Option<PathBuf>,
+    /// In place of a job secret: a folder with a folder for launcher-R and each worker-K of this machine, which holds
+    /// tls.crt, tls.key and ca.crt
+    #[arg(long, value_name = "FOLDER", conflicts_with = "job_secret")]
+    identity: Option<PathBuf>,
     /// How many ranks to start on this machine
     #[arg(short, long, alias = "nproc_per_node", value_name = "N", default_value = "1", value_parser = ranks)]
     nproc_per_node: u32,
@@ -231,12 +238,22 @@ pub fn parse(args: impl IntoIterator<Item = OsString>, variables: Variables) -> 
 fn run_args(flags: RunFlags, variables: Variables) -> Result<RunArgs, Error> {
     let Variables { port, job_secret_file, certificate_life } = variables;
     let secret = flags.job_secret.or(job_secret_file.filter(|file| !file.is_empty()).map(PathBuf::from));
+    let secret = secret.filter(|_| flags.identity.is_none());
+    let trusts = secret.is_some() || flags.identity.is_some();
     let nodes = node_args(flags.nnodes, flags.node_rank, flags.nproc_per_node, secret)?;
+    if nodes.is_some() && !trusts {
+        return Err(Error::Usage(
+            "a job of several nodes needs a job secret: openssl rand -hex 32 > FILE; chmod 600 FILE; \
+             and on every node --job-secret FILE or PACELINE_JOB_SECRET_FILE"
+                .to_owned(),
+        ));
+    }
     let mut program = flags.program.into_iter();
     Ok(RunArgs {
         ranks: flags.nproc_per_node,
         rendezvous: endpoint(flags.rdzv_endpoint, port, nodes.as_ref())?,
         nodes,
+        identity: flags.identity,
         certificate_life: life(certificate_life)?,
         grace: flags.grace,
         timeout: flags.timeout,
@@ -276,13 +293,6 @@ fn node_args(
             "{count} nodes of {ranks} ranks are {world_size}; a job has {RANKS_MOST} at most"
         ));
     }
-    let Some(secret) = secret else {
-        return wrong(
-            "a job of several nodes needs a job secret: openssl rand -hex 32 > FILE; chmod 600 FILE; \
-             and on every node --job-secret FILE or PACELINE_JOB_SECRET_FILE"
-                .to_owned(),
-        );
-    };
     Ok(Some(NodeArgs { count, rank: rank.unwrap_or(0), secret }))
 }
 
@@ -446,6 +456,7 @@ mod tests {
         let expected = RunArgs {
             ranks: 1,
             nodes: None,
+            identity: None,
             certificate_life: Duration::from_secs(86400),
             rendezvous: Endpoint { host: "127.0.0.1".to_owned(), port: 0 },
             grace: Duration::from_secs(20),
@@ -493,7 +504,7 @@ mod tests {
     fn the_flag_goes_before_the_environment() {
         let flag = |port| Some(HostAndPort { host: "host".to_owned(), port });
         let at = |host: &str, port| Ok(Endpoint { host: host.to_owned(), port });
-        let nodes = NodeArgs { count: 2, rank: 0, secret: "s".into() };
+        let nodes = NodeArgs { count: 2, rank: 0, secret: Some("s".into()) };
         assert_eq!(endpoint(flag(Some(1)), Some("2".into()), None), at("host", 1));
         assert_eq!(endpoint(flag(None), Some("2".into()), None), at("host", 2));
         assert_eq!(endpoint(None, Some("2".into()), None), at("127.0.0.1", 2));
@@ -519,6 +530,7 @@ mod tests {
             ("--nnodes 2 --node-rank 0 --job-secret s --rdzv-endpoint h:0", "is no address"),
             ("--nnodes 70000 --node-rank 0 --job-secret s --rdzv-endpoint h", "65536 at most"),
             ("--nnodes 1:4", "give a number of machines"),
+            ("--job-secret s --identity i", "cannot be used with"),
         ] {
             let text = wrong(flags);
             assert!(text.contains(expected) && !text.contains('\n'), "{text}");

@@ -1,4 +1,4 @@
-//! The certificates of this machine's part of the job: made or fetched, stored for the workers, renewed.
+//! The certificates of this machine's part of the job: made, fetched or given, stored for the workers, renewed.
 //!
 //! Workers get theirs by path: a file with mode 0600 in a folder with mode 0700. A renewed one takes the place of the
 //! old one in one step (rename), so that a worker reads the one or the other and never half of each.
@@ -12,11 +12,14 @@ use std::time::{Duration, SystemTime};
 
 use paceline_runtime::nodes::launcher;
 use paceline_runtime::rendezvous::worker;
+use paceline_runtime::renewal;
 use paceline_transport::identity::{Identity, JobAuthority};
+use paceline_transport::quic::IoHandle;
 use tempfile::TempDir;
 
 use crate::cli::RunArgs;
 use crate::error::Error;
+use crate::secret;
 
 /// The longest sleep between two looks at the clock, which goes on while a machine is suspended.
 const LONGEST_SLEEP: Duration = Duration::from_secs(60);
@@ -24,7 +27,15 @@ const LONGEST_SLEEP: Duration = Duration::from_secs(60);
 /// The identities of the launcher and of the ranks of this machine.
 pub struct Credentials {
     launcher: Identity,
-    folder: TempDir,
+    workers: Workers,
+}
+
+/// Where the workers' certificates are.
+enum Workers {
+    /// In files of ours.
+    Ours(TempDir),
+    /// In folders that somebody else fills and renews.
+    Given(PathBuf),
 }
 
 /// The members of this machine: the launcher and then its workers.
@@ -62,12 +73,51 @@ impl Credentials {
         for worker in workers {
             write(&path(folder.path(), worker.member()), worker).map_err(|e| stored(&e))?;
         }
-        Ok(Self { launcher: launcher.clone(), folder })
+        Ok(Self { launcher: launcher.clone(), workers: Workers::Ours(folder) })
     }
 
-    /// The file of a worker.
+    /// Takes certificates that others have made: in `folder`, a folder for each member of this machine.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when one is missing, readable for all, of another member than its folder, or of another job
+    /// than the launcher's.
+    pub fn given(folder: &Path, members: &[String]) -> Result<Self, Error> {
+        let mut job: Option<Identity> = None;
+        for member in members {
+            let place = folder.join(member);
+            let wrong = |why: String| Error::Usage(format!("the identity {}: {why}", place.display()));
+            let key = place.join("tls.key");
+            secret::open(&key).map_err(|why| wrong(format!("tls.key: {why}")))?;
+            let identity = renewal::read(&place).map_err(wrong)?;
+            let first = job.get_or_insert_with(|| identity.clone());
+            if (identity.member(), identity.job()) != (member, first.job()) {
+                let (found, job) = (identity.member(), identity.job());
+                return Err(wrong(format!("it names {found} of {job}, not {member} of {}", first.job())));
+            }
+        }
+        let launcher = job.expect("a launcher is a member");
+        Ok(Self { launcher, workers: Workers::Given(folder.to_owned()) })
+    }
+
+    /// The launcher's own.
+    pub fn launcher(&self) -> &Identity {
+        &self.launcher
+    }
+
+    /// The file or folder of a worker.
     pub fn path(&self, rank: usize) -> PathBuf {
-        path(self.folder.path(), &worker(rank))
+        match &self.workers {
+            Workers::Ours(folder) => path(folder.path(), &worker(rank)),
+            Workers::Given(folder) => folder.join(worker(rank)),
+        }
+    }
+
+    /// Keeps the launcher's own identity as it is in its folder, where that was given. Workers do so themselves.
+    pub fn follow(&self, io: &IoHandle) {
+        if let Workers::Given(folder) = &self.workers {
+            let place = folder.join(self.launcher.member());
+            io.spawn(renewal::follow(place, self.launcher.clone()));
+        }
     }
 
     /// Takes fresh identities of the same members, in the same order.
@@ -75,10 +125,11 @@ impl Credentials {
     /// # Errors
     /// In words: the operating system's reason, or that an identity is another member's.
     pub fn renew(&self, fresh: &[Identity]) -> Result<(), String> {
+        let Workers::Ours(folder) = &self.workers else { return Err("others renew them".to_owned()) };
         let (launcher, workers) = fresh.split_first().ok_or("no identities")?;
         self.launcher.renew(launcher).map_err(|e| e.to_string())?;
         for worker in workers {
-            write(&path(self.folder.path(), worker.member()), worker).map_err(|e| e.to_string())?;
+            write(&path(folder.path(), worker.member()), worker).map_err(|e| e.to_string())?;
         }
         Ok(())
     }
@@ -155,7 +206,7 @@ mod tests {
             assert_eq!(mode & 0o777, 0o600);
         }
         assert_eq!(
-            fs::read_dir(credentials.folder.path()).expect("a folder").count(),
+            fs::read_dir(credentials.path(2).parent().expect("a folder")).expect("a folder").count(),
             2,
             "nothing is left over"
         );

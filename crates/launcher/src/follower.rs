@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use paceline_runtime::nodes::Attendance;
 use paceline_runtime::world::listen_address;
 use paceline_transport::boot::{self, Certified, Claim, Failure};
+use paceline_transport::identity::Identity;
 use paceline_transport::quic::{Endpoint, IoHandle, IoThread};
 use paceline_transport::secret::JobSecret;
 
@@ -35,33 +36,39 @@ const VERDICT: Duration = Duration::from_secs(3);
 /// See [`rendezvous::open`](crate::rendezvous::open).
 pub fn open(args: &RunArgs, console: &Console) -> Result<Box<dyn Rendezvous>, Error> {
     let nodes = args.nodes.as_ref().expect("node 0 is the only one of a job on one machine");
-    let secret = Arc::new(secret::read(&nodes.secret)?);
     let deadline = Instant::now() + args.rendezvous_timeout;
     let news = News::new().map_err(|e| system("cannot make an event descriptor", &e))?;
     let io = IoThread::start().map_err(|e| system("cannot start the I/O thread", &e))?;
     let claim = claim(nodes, args.ranks).map_err(|e| system("cannot draw a random number", &e))?;
-    let members = credentials::members(args);
-    let office = Office { server: args.rendezvous.to_string(), secret, claim };
-
-    let status = Status::new(console);
-    let fetching = office.clone().fetch_until(members.clone(), deadline, status.clone());
-    let fetched = io.handle().block_on(fetching).map_err(|e| system("cannot use the I/O thread", &e))?;
-    let Certified { identities, valid_for } =
-        fetched.map_err(|why| Error::Nodes { endpoint: office.server.clone(), why })?;
-    let address = listen_address(&office.server);
-    let endpoint = Endpoint::bind(&io.handle(), address, &identities[0]);
-    let endpoint = endpoint.map_err(|e| system("cannot open a socket", &e))?;
-    let attendance =
-        attend(args, &io.handle(), endpoint, office.claim.incarnation, deadline, (&status, &news))?;
-
-    let credentials = Arc::new(Credentials::store(&identities)?);
-    io.handle().spawn(credentials::keep_fresh(Arc::downgrade(&credentials), valid_for, move || {
-        let (office, members) = (office.clone(), members.clone());
-        async move {
-            let fetched = office.fetch(&members).await.map_err(|failure| failure.to_string())?;
-            Ok((fetched.identities, fetched.valid_for))
+    let (members, status) = (credentials::members(args), Status::new(console));
+    let attend =
+        |identity: &Identity| attend(args, &io.handle(), identity, claim.clone(), deadline, (&status, &news));
+    let (credentials, attendance) = match (&args.identity, &nodes.secret) {
+        (Some(folder), _) => {
+            let credentials = Arc::new(Credentials::given(folder, &members)?);
+            credentials.follow(&io.handle());
+            status.waiting_for(&format!("node 0 at {}", args.rendezvous));
+            let attendance = attend(credentials.launcher())?;
+            (credentials, attendance)
         }
-    }));
+        (None, Some(secret)) => {
+            let secret = Arc::new(secret::read(secret)?);
+            let office = Office { server: args.rendezvous.to_string(), secret, claim: claim.clone() };
+            let Certified { identities, valid_for } = office.fetch_on(&io, &members, deadline, &status)?;
+            let attendance = attend(&identities[0])?;
+            let credentials = Arc::new(Credentials::store(&identities)?);
+            let renewed = credentials::keep_fresh(Arc::downgrade(&credentials), valid_for, move || {
+                let (office, members) = (office.clone(), members.clone());
+                async move {
+                    let fetched = office.fetch(&members).await.map_err(|failure| failure.to_string())?;
+                    Ok((fetched.identities, fetched.valid_for))
+                }
+            });
+            io.handle().spawn(renewed);
+            (credentials, attendance)
+        }
+        (None, None) => unreachable!("the command line gives one of the two"),
+    };
     tracing::info!(node = args.node(), "all nodes have come");
     let ended = Mutex::new(None);
     Ok(Box::new(Follower { args: args.clone(), attendance, credentials, ended, news, _io: io }))
@@ -132,6 +139,19 @@ impl Office {
         boot::certify(&self.server, &self.secret, &self.claim, members).await
     }
 
+    /// Blocks until there are certificates, or an error says why not.
+    fn fetch_on(
+        &self,
+        io: &IoThread,
+        members: &[String],
+        deadline: Instant,
+        status: &Status,
+    ) -> Result<Certified, Error> {
+        let fetching = self.clone().fetch_until(members.to_vec(), deadline, status.clone());
+        let fetched = io.handle().block_on(fetching).map_err(|e| system("cannot use the I/O thread", &e))?;
+        fetched.map_err(|why| Error::Nodes { endpoint: self.server.clone(), why })
+    }
+
     /// Tries until it has certificates, is refused, or the deadline has come. The error is the reason.
     async fn fetch_until(
         self,
@@ -180,12 +200,14 @@ fn claim(nodes: &NodeArgs, ranks_per_node: u32) -> rustix::io::Result<Claim> {
 fn attend(
     args: &RunArgs,
     io: &IoHandle,
-    endpoint: Endpoint,
-    incarnation: u128,
+    identity: &Identity,
+    claim: Claim,
     deadline: Instant,
     (status, news): (&Status, &News),
 ) -> Result<Attendance, Error> {
     let server = args.rendezvous.to_string();
+    let endpoint = Endpoint::bind(io, listen_address(&server), identity);
+    let endpoint = endpoint.map_err(|e| system("cannot open a socket", &e))?;
     let (status, bell, node) = (status.clone(), news.clone(), args.node());
     let waiting = move |missing: &[u32]| {
         // Launcher 0 may not have counted this one when it wrote the list.
@@ -195,7 +217,7 @@ fn attend(
         }
     };
     let on_change = Arc::new(move || bell.ring());
-    let attendance = Attendance::begin(io, endpoint, &server, incarnation, deadline, waiting, on_change);
+    let attendance = Attendance::begin(io, endpoint, &server, claim, deadline, waiting, on_change);
     attendance.map_err(|e| Error::nodes(args, &e))
 }
 

@@ -12,7 +12,6 @@ use paceline_transport::Error as TransportError;
 use paceline_transport::boot::BootServer;
 use paceline_transport::identity::{Identity, JobAuthority};
 use paceline_transport::quic::{IoHandle, IoThread};
-use paceline_transport::secret::JobSecret;
 
 use crate::cli::RunArgs;
 use crate::console::Console;
@@ -30,28 +29,55 @@ const LINGERING: Duration = Duration::from_secs(5);
 
 /// See [`rendezvous::open`](crate::rendezvous::open).
 pub fn open(args: &RunArgs, console: &Console) -> Result<Box<dyn Rendezvous>, Error> {
-    let secret = args.nodes.as_ref().map(|nodes| secret::read(&nodes.secret)).transpose()?;
     let news = News::new().map_err(|e| system("cannot make an event descriptor", &e))?;
-    let name = format!("job-{:016x}", RandomState::new().hash_one(std::process::id()));
-    let authority = Arc::new(JobAuthority::new(&name).map_err(|e| certificates(&e))?);
-    let members = credentials::members(args);
-    let identities = credentials::issue(&authority, &members, args.certificate_life);
-    let identities = identities.map_err(|e| certificates(&e))?;
     let io = IoThread::start().map_err(|e| system("cannot start the I/O thread", &e))?;
-    let server = serve(args, &io.handle(), &identities[0], &news)?;
-    let boot = match secret {
-        Some(secret) => Some(meet(args, &io.handle(), &server, secret, &authority, console)?),
-        None => None,
+    let members = credentials::members(args);
+    let (credentials, server, boot) = match &args.identity {
+        Some(folder) => {
+            let credentials = Arc::new(Credentials::given(folder, &members)?);
+            credentials.follow(&io.handle());
+            let server = serve(args, &io.handle(), credentials.launcher(), &news)?;
+            wait_for_nodes(args, &server, console)?;
+            (credentials, server, None)
+        }
+        None => found(args, &members, &io.handle(), &news, console)?,
     };
-    let credentials = Arc::new(Credentials::store(&identities)?);
-    let life = args.certificate_life;
-    io.handle().spawn(credentials::keep_fresh(Arc::downgrade(&credentials), life, move || {
-        let fresh = credentials::issue(&authority, &members, life);
-        std::future::ready(fresh.map(|fresh| (fresh, life)).map_err(|e| e.to_string()))
-    }));
     tracing::info!(address = %server.local_addr(), "rendezvous open");
     let ended = Mutex::new(None);
     Ok(Box::new(Founder { args: args.clone(), server, _boot: boot, credentials, ended, news, _io: io }))
+}
+
+/// Founds the job with an authority of its own, which certifies the members of all nodes.
+fn found(
+    args: &RunArgs,
+    members: &[String],
+    io: &IoHandle,
+    news: &News,
+    console: &Console,
+) -> Result<(Arc<Credentials>, Server, Option<BootServer>), Error> {
+    let secret = args.nodes.as_ref().and_then(|nodes| nodes.secret.as_deref()).map(secret::read);
+    let secret = secret.transpose()?;
+    let name = format!("job-{:016x}", RandomState::new().hash_one(std::process::id()));
+    let authority = Arc::new(JobAuthority::new(&name).map_err(|e| certificates(&e))?);
+    let life = args.certificate_life;
+    let identities = credentials::issue(&authority, members, life).map_err(|e| certificates(&e))?;
+    let server = serve(args, io, &identities[0], news)?;
+    let boot = match secret {
+        Some(secret) => {
+            let (address, registrar) = (server.local_addr(), server.registrar());
+            let boot = BootServer::bind(io, address, secret, authority.clone(), life, registrar);
+            Some(boot.map_err(|e| refused(args, &e))?)
+        }
+        None => None,
+    };
+    wait_for_nodes(args, &server, console)?;
+    let credentials = Arc::new(Credentials::store(&identities)?);
+    let members = members.to_vec();
+    io.spawn(credentials::keep_fresh(Arc::downgrade(&credentials), life, move || {
+        let fresh = credentials::issue(&authority, &members, life);
+        std::future::ready(fresh.map(|fresh| (fresh, life)).map_err(|e| e.to_string()))
+    }));
+    Ok((credentials, server, boot))
 }
 
 /// The fields are dropped in this order: first nobody is served, then the certificates and the thread go.
@@ -140,24 +166,16 @@ fn any(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(ip, address.port())
 }
 
-/// Lets the other nodes come, and waits until they have.
-fn meet(
-    args: &RunArgs,
-    io: &IoHandle,
-    server: &Server,
-    secret: JobSecret,
-    authority: &Arc<JobAuthority>,
-    console: &Console,
-) -> Result<BootServer, Error> {
+/// Waits until all other nodes have come, if there are any.
+fn wait_for_nodes(args: &RunArgs, server: &Server, console: &Console) -> Result<(), Error> {
+    if args.nodes.is_none() {
+        return Ok(());
+    }
     let deadline = Instant::now() + args.rendezvous_timeout;
-    let (address, life) = (server.local_addr(), args.certificate_life);
-    let boot = BootServer::bind(io, address, secret, authority.clone(), life, server.registrar());
-    let boot = boot.map_err(|e| refused(args, &e))?;
     let (status, endpoint) = (Status::new(console), args.rendezvous.to_string());
     let waiting =
         move |missing: &[u32]| status.waiting_for(&format!("{} to come to {endpoint}", list_nodes(missing)));
-    server.wait_for_nodes(deadline, waiting).map_err(|e| Error::nodes(args, &e))?;
-    Ok(boot)
+    server.wait_for_nodes(deadline, waiting).map_err(|e| Error::nodes(args, &e))
 }
 
 fn resolve(args: &RunArgs) -> Result<SocketAddr, Error> {

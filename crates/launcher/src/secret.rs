@@ -1,4 +1,4 @@
-//! Reads the file with the job secret, and refuses one that others can read.
+//! Opens files with secrets, and refuses those that others can read.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -13,34 +13,13 @@ use crate::error::Error;
 /// The mode bit that lets every user of the machine read a file.
 const OTHERS_READ: u32 = 0o004;
 
-/// Reads the secret.
-///
-/// A file that all users can read is refused, unless it is one of a volume that Kubernetes has mounted: there 0644 is
-/// the default, and the pod is the only user. That is told by what the kubelet does to replace all files of a volume
-/// at once: each is a link into `..data`.
+/// Reads the job secret.
 ///
 /// # Errors
 /// [`Error::Usage`] in one line that quotes nothing of the file.
 pub fn read(path: &Path) -> Result<JobSecret, Error> {
     let wrong = |why: String| Error::Usage(format!("the job secret {}: {why}", path.display()));
-    let file = File::open(path).map_err(|e| wrong(e.to_string()))?;
-    // Of the open file, so that it cannot be another one than is read.
-    let metadata = file.metadata().map_err(|e| wrong(e.to_string()))?;
-    if !metadata.is_file() {
-        return Err(wrong("not a file".to_owned()));
-    }
-    if metadata.mode() & OTHERS_READ != 0 {
-        if !is_mounted_by_kubernetes(path) {
-            return Err(wrong(format!(
-                "all users of this machine can read it; chmod 600 {}, or defaultMode: 0440 of the volume",
-                path.display()
-            )));
-        }
-        tracing::warn!(
-            file = %path.display(),
-            "all users in this pod can read the job secret; defaultMode: 0440 and fsGroup of the volume change that"
-        );
-    }
+    let file = open(path).map_err(wrong)?;
     let mut text = Zeroizing::new(Vec::with_capacity(SECRET_MOST + 1));
     // One byte more than is allowed: `new` says that it is too long.
     file.take(SECRET_MOST as u64 + 1).read_to_end(&mut text).map_err(|e| wrong(e.to_string()))?;
@@ -48,6 +27,36 @@ pub fn read(path: &Path) -> Result<JobSecret, Error> {
         paceline_transport::Error::Identity { reason } => wrong(reason),
         e => wrong(e.to_string()),
     })
+}
+
+/// Opens a file with a secret.
+///
+/// A file that all users can read is refused, unless it is one of a volume that Kubernetes has mounted: there 0644 is
+/// the default, and the pod is the only user. That is told by what the kubelet does to replace all files of a volume
+/// at once: each is a link into `..data`.
+///
+/// # Errors
+/// In words, without the path.
+pub fn open(path: &Path) -> Result<File, String> {
+    let file = File::open(path).map_err(|e| e.to_string())?;
+    // Of the open file, so that it cannot be another one than is read.
+    let metadata = file.metadata().map_err(|e| e.to_string())?;
+    if !metadata.is_file() {
+        return Err("not a file".to_owned());
+    }
+    if metadata.mode() & OTHERS_READ != 0 {
+        if !is_mounted_by_kubernetes(path) {
+            return Err(format!(
+                "all users of this machine can read it; chmod 600 {}, or defaultMode: 0440 of the volume",
+                path.display()
+            ));
+        }
+        tracing::warn!(
+            file = %path.display(),
+            "all users in this pod can read a secret; defaultMode: 0440 and fsGroup of the volume change that"
+        );
+    }
+    Ok(file)
 }
 
 fn is_mounted_by_kubernetes(path: &Path) -> bool {

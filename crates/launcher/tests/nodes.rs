@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use job::{Finished, Job, now_us, trial};
 use paceline_runtime::World;
 use paceline_runtime::collectives::ReduceOp;
+use paceline_transport::identity::JobAuthority;
 use tempfile::TempDir;
 
 /// The contract: every other rank knows within this time.
@@ -43,6 +44,8 @@ fn main() {
             trial("a_missing_node_0_is_named_at_the_deadline", missing_node_0),
             trial("a_launcher_that_waits_for_others_ends_on_sigterm", stopped_while_waiting),
             trial("certificates_are_renewed_on_all_nodes_while_the_job_goes_on_making_connections", renewed),
+            trial("nodes_with_certificates_from_files_need_no_secret", given_identities),
+            trial("a_certificate_in_the_wrong_folder_is_refused_in_one_line", given_wrong_identities),
             trial("secrets_are_in_no_log_no_environment_and_no_file_that_others_can_read", secrets_kept),
         ]
     });
@@ -330,6 +333,68 @@ fn renewed() {
         let ranks = finished.lines_with("has seen 2 renewals");
         assert_eq!(ranks.len(), 2, "{}", finished.lines.join("\n"));
     }
+}
+
+/// Writes certificates for members as cert-manager does, in a folder for each.
+fn give_identities(folder: &Path, authority: &JobAuthority, members: &[&str], life: Duration) {
+    for member in members {
+        let bundle = authority.issue(member, life).expect("a name").to_pem();
+        let place = folder.join(member);
+        fs::create_dir_all(&place).expect("made");
+        let parts: Vec<&str> = bundle.split_inclusive("-----\n").collect();
+        for (name, part) in ["tls.key", "tls.crt", "ca.crt"].iter().zip(parts.chunks(2)) {
+            // In one step, as the kubelet does.
+            fs::write(place.join("new"), part.concat()).expect("written");
+            fs::set_permissions(place.join("new"), fs::Permissions::from_mode(0o600)).expect("changed");
+            fs::rename(place.join("new"), place.join(name)).expect("renamed");
+        }
+    }
+}
+
+const MEMBERS: [&str; 6] = ["launcher-0", "launcher-1", "worker-0", "worker-1", "worker-2", "worker-3"];
+
+fn given_identities() {
+    let nodes = Nodes::new(2);
+    let authority = JobAuthority::new("given").expect("a name");
+    give_identities(nodes.folder.path(), &authority, &MEMBERS, Duration::from_secs(3600));
+    let folder = nodes.path("");
+    let second = nodes.launch(1, &["--identity", &folder], &[], "sum");
+    let first = nodes.launch(0, &["--identity", &folder], &[], "sum");
+    for finished in [first.finish(), second.finish()] {
+        finished.assert_success();
+        assert_eq!(finished.lines_with("sum 10 of 4 ranks").len(), 2, "{}", finished.lines.join("\n"));
+    }
+    // Of the same names, but another authority's: nobody lets it in.
+    let stranger = Nodes::new(2);
+    let other = JobAuthority::new("given").expect("a name");
+    give_identities(stranger.folder.path(), &other, &MEMBERS, Duration::from_secs(3600));
+    let mut first = nodes.launch(0, &["--identity", &folder], &[], "sum");
+    first.wait_for("waiting for node 1 to come to", 1);
+    let elsewhere = stranger.path("");
+    let finished = nodes.launch(1, &["--identity", &elsewhere], &[], "sum").finish();
+    assert_eq!(finished.status.code(), Some(1));
+    assert!(report(&finished).contains("its certificate is not of this job"), "{}", report(&finished));
+}
+
+fn given_wrong_identities() {
+    let nodes = Nodes::new(2);
+    let authority = JobAuthority::new("given").expect("a name");
+    give_identities(nodes.folder.path(), &authority, &MEMBERS, Duration::from_secs(3600));
+    let folder = nodes.path("");
+    let refused = |expected: &str| {
+        let finished = nodes.launch(1, &["--identity", &folder], &[], "sum").finish();
+        assert_eq!(finished.status.code(), Some(2));
+        let text = report(&finished);
+        assert!(text.starts_with("the identity ") && text.contains(expected), "{text}");
+    };
+    let key = nodes.folder.path().join("worker-3/tls.key");
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).expect("changed");
+    refused("worker-3: tls.key: all users of this machine can read it");
+    fs::rename(nodes.folder.path().join("worker-1"), nodes.folder.path().join("aside")).expect("renamed");
+    fs::remove_dir_all(nodes.folder.path().join("worker-3")).expect("removed");
+    refused("worker-3: tls.key: No such file");
+    fs::rename(nodes.folder.path().join("aside"), nodes.folder.path().join("worker-3")).expect("renamed");
+    refused("worker-3: it names worker-1 of given, not worker-3 of given");
 }
 
 fn secrets_kept() {

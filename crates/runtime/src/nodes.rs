@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! launcher of node 2                        launcher 0
-//! Attend{incarnation}           ─────▶
+//! Attend{claim}                 ─────▶
 //!                               ◀─────  Waiting{missing}
 //! Beat                          ─────▶
 //!                               ◀─────  Start | Refused{reason}
@@ -115,7 +115,7 @@ impl fmt::Display for Failure {
 /// From a launcher to launcher 0.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Report {
-    Attend { incarnation: u128 },
+    Attend(Claim),
     Died { rank: u32, cause: String, exit_code: u8, by_itself: bool },
     Exited { rank: u32 },
     Ended,
@@ -227,8 +227,23 @@ impl Seats {
         holds && (member == launcher(node) || self.layout.ranks(node).any(|rank| member == worker(rank)))
     }
 
-    /// The launcher of a node has come, with a certificate that says so.
-    pub(crate) fn attend(&mut self, node: u32, incarnation: u128, now: Instant) -> Result<(), String> {
+    /// The launcher of `node` has come, with a certificate that says so. Where it did not get that from us, its
+    /// claim is decided about now.
+    pub(crate) fn attend(
+        &mut self,
+        node: u32,
+        claim: &Claim,
+        remote: SocketAddr,
+        now: Instant,
+    ) -> Result<(), String> {
+        if claim.node != node {
+            return Err(format!("the launcher of node {node} may not come as that of node {}", claim.node));
+        }
+        match self.admit(claim, remote, now) {
+            Verdict::Admitted => {}
+            Verdict::Refused(reason) | Verdict::NotNow(reason) => return Err(reason),
+        }
+        let incarnation = claim.incarnation;
         match self.seats.get_mut(&node) {
             Some(seat) if seat.incarnation == incarnation => match seat.presence {
                 Presence::Promised(until) if now < until || !self.started => {
@@ -411,7 +426,7 @@ impl Heard {
 }
 
 impl Attendance {
-    /// Connects to launcher 0 at `server` and waits until all nodes have come, until `deadline`. `waiting` is
+    /// Connects to launcher 0 at `server`, says who this is (`claim`), and waits until all nodes have come, until `deadline`. `waiting` is
     /// called with the nodes that are missing whenever that changes. Blocks.
     ///
     /// # Errors
@@ -420,14 +435,14 @@ impl Attendance {
         io: &IoHandle,
         endpoint: Endpoint,
         server: &str,
-        incarnation: u128,
+        claim: Claim,
         deadline: Instant,
         waiting: impl Fn(&[u32]) + Send + 'static,
         on_change: OnChange,
     ) -> Result<Self, Error> {
         let (reports, outgoing) = unbounded_channel();
         let heard = Arc::new(Heard { state: Mutex::default(), on_change });
-        let lane = io.block_on(attend(endpoint, server.to_owned(), incarnation, deadline, waiting))??;
+        let lane = io.block_on(attend(endpoint, server.to_owned(), claim, deadline, waiting))??;
         let task = io.spawn(follow(lane, outgoing, heard.clone()));
         Ok(Self { reports, heard, task })
     }
@@ -479,7 +494,7 @@ struct Lane {
 async fn attend(
     endpoint: Endpoint,
     server: String,
-    incarnation: u128,
+    claim: Claim,
     deadline: Instant,
     waiting: impl Fn(&[u32]),
 ) -> Result<Lane, Error> {
@@ -487,7 +502,7 @@ async fn attend(
     let dialled = dial(&endpoint, &server, deadline).await;
     let connection = dialled.map_err(|reason| failed(format!("no connection over UDP: {reason}")))?;
     let (mut sender, mut receiver) = connection.open_messages().await?;
-    sender.send(&Report::Attend { incarnation }).await?;
+    sender.send(&Report::Attend(claim)).await?;
     let mut beat = tokio::time::interval(BEAT);
     let mut missing = Vec::new();
     let mut last = Instant::now();
@@ -600,7 +615,7 @@ mod tests {
         let mut seats = Seats::new(LAYOUT);
         for &node in nodes {
             assert_eq!(seats.admit(&claim(node, node.into()), remote(), now), Verdict::Admitted);
-            assert_eq!(seats.attend(node, node.into(), now), Ok(()));
+            assert_eq!(seats.attend(node, &claim(node, node.into()), remote(), now), Ok(()));
         }
         seats
     }
@@ -619,13 +634,13 @@ mod tests {
         assert_eq!((seats.missing(), seats.start(now)), (vec![1], false));
         assert_eq!(seats.admit(&claim(1, 1), remote(), now), Verdict::Admitted);
         assert_eq!(seats.missing(), [1], "a promise is no presence");
-        assert_eq!(seats.attend(1, 1, now), Ok(()));
+        assert_eq!(seats.attend(1, &claim(1, 1), remote(), now), Ok(()));
         assert!(!seats.start(now), "nobody has been heard since");
         let later = now + BEAT;
         assert!(seats.heard(1, later) && !seats.start(later), "node 2 may be dead");
         assert!(!seats.disconnected(2) && !seats.start(later), "it was, and may come again");
         assert_eq!(seats.admit(&claim(2, 9), remote(), later), Verdict::Admitted);
-        assert_eq!(seats.attend(2, 9, later), Ok(()));
+        assert_eq!(seats.attend(2, &claim(2, 9), remote(), later), Ok(()));
         assert!(!seats.start(later));
         let last = later + BEAT;
         assert!(seats.heard(1, last) && seats.heard(2, last));
@@ -658,11 +673,19 @@ mod tests {
         };
         assert_eq!(taken(&mut seats, now), "node 1 is taken by a live launcher at 10.0.0.7");
         assert_eq!(seats.admit(&claim(1, 1), remote(), now), Verdict::Admitted, "it renews");
-        assert_eq!(seats.attend(1, 1, now), Err("node 1 has come before".to_owned()));
-        assert_eq!(seats.attend(1, 77, now), Err("node 1 is another launcher's".to_owned()));
+        let attend = |seats: &mut Seats, incarnation| {
+            seats.attend(1, &claim(1, incarnation), remote(), now).expect_err("refused")
+        };
+        assert_eq!(attend(&mut seats, 1), "node 1 has come before");
+        assert_eq!(attend(&mut seats, 77), "node 1 is taken by a live launcher at 10.0.0.7");
+        let other = seats.attend(2, &claim(1, 1), remote(), now).expect_err("refused");
+        assert_eq!(other, "the launcher of node 2 may not come as that of node 1");
         assert!(!seats.disconnected(1), "no loss before the start");
         assert_eq!(seats.admit(&claim(1, 77), remote(), now), Verdict::Admitted);
-        assert_eq!(seats.attend(1, 1, now), Err("node 1 is another launcher's".to_owned()));
+        assert_eq!(
+            seats.attend(1, &claim(1, 1), remote(), now).expect_err("refused"),
+            "node 1 is taken by a live launcher at 10.0.0.7"
+        );
         assert!(matches!(seats.admit(&claim(1, 78), remote(), now), Verdict::NotNow(_)));
     }
 

@@ -471,11 +471,11 @@ async fn serve_launcher(
     let Ok(first) = tokio::time::timeout(ATTEND_LIMIT, receiver.recv::<Report>()).await else {
         return Ok(());
     };
-    let Some(Report::Attend { incarnation }) = first? else { return Ok(()) };
+    let Some(Report::Attend(claim)) = first? else { return Ok(()) };
     let (orders, outgoing) = unbounded_channel();
     let attends = {
         let mut state = shared.lock();
-        let attends = state.seats.attend(node, incarnation, Instant::now());
+        let attends = state.seats.attend(node, &claim, connection.remote_address(), Instant::now());
         if attends.is_ok() {
             drop(orders.send(Order::Waiting { missing: state.seats.missing() }));
             state.orders.insert(node, orders.clone());
@@ -555,7 +555,7 @@ async fn follow_launcher(
                 });
             }
             Some(Report::Beat) => {}
-            Some(Report::Attend { .. } | Report::Died { .. } | Report::Exited { .. }) => {
+            Some(Report::Attend(_) | Report::Died { .. } | Report::Exited { .. }) => {
                 let reason = format!("the launcher of node {node} said what it may not");
                 return Err(paceline_transport::Error::Usage { reason });
             }

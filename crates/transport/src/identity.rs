@@ -215,7 +215,7 @@ impl KeyRequest {
         authority: CertificateDer<'static>,
     ) -> Result<Identity, Error> {
         let key = PrivatePkcs8KeyDer::from(self.key.serialize_der());
-        Identity::new(key.into(), leaf, authority)
+        Identity::new(key.into(), vec![leaf], authority)
     }
 }
 
@@ -254,36 +254,38 @@ impl PublicKeyData for PublicKey<'_> {
 }
 
 impl Identity {
-    /// Reads an identity from one PEM text with the private key, the leaf and the authority's
-    /// certificate, the leaf before the authority. Job and member are read from the leaf.
+    /// Reads an identity from one PEM text with the private key, the leaf, certificates between it and the
+    /// authority if there are any, and last the authority's certificate. Job and member are read from the leaf.
     ///
     /// An expired leaf is accepted here; peers will refuse it.
     ///
     /// # Errors
-    /// [`Error::Identity`] when one of the three is missing or malformed, when there is more, or when the
-    /// key is not the leaf's.
+    /// [`Error::Identity`] when a part is missing or malformed, when there are two authorities, or when the key is
+    /// not the leaf's.
     pub fn from_pem(bundle: &str) -> Result<Self, Error> {
-        let certificates: Vec<_> = CertificateDer::pem_slice_iter(bundle.as_bytes())
+        let mut chain: Vec<_> = CertificateDer::pem_slice_iter(bundle.as_bytes())
             .collect::<Result<_, _>>()
             .map_err(|error| unusable(format!("malformed PEM: {error}")))?;
-        let [leaf, authority]: [CertificateDer<'static>; 2] = certificates.try_into().map_err(|found| {
-            let found: Vec<CertificateDer<'_>> = found;
-            unusable(format!("expected the leaf and the authority, found {} certificates", found.len()))
+        let found = chain.len();
+        let authority = chain.pop().filter(|_| found >= 2).ok_or_else(|| {
+            unusable(format!("expected the leaf and the authority, found {found} certificates"))
         })?;
         let key = PrivateKeyDer::from_pem_slice(bundle.as_bytes())
             .map_err(|error| unusable(format!("no usable private key: {error}")))?;
-        Self::new(key, leaf, authority)
+        Self::new(key, chain, authority)
     }
 
+    /// `chain` begins with the leaf.
     fn new(
         key: PrivateKeyDer<'static>,
-        leaf: CertificateDer<'static>,
+        chain: Vec<CertificateDer<'static>>,
         authority: CertificateDer<'static>,
     ) -> Result<Self, Error> {
         let provider = rustls::crypto::aws_lc_rs::default_provider();
-        let certified = CertifiedKey::from_der(vec![leaf.clone()], key.clone_key(), &provider)
+        let certified = CertifiedKey::from_der(chain, key.clone_key(), &provider)
             .map_err(|error| unusable(format!("the key and the certificate do not fit: {error}")))?;
-        let MemberName { job, member } = MemberName::of(&leaf).map_err(unusable)?;
+        let leaf = certified.end_entity_cert().map_err(unusable)?;
+        let MemberName { job, member } = MemberName::of(leaf).map_err(unusable)?;
         let current = Current { key: Arc::new(key), certified: Arc::new(certified) };
         Ok(Self { job, member, authority, current: Arc::new(RwLock::new(current)) })
     }

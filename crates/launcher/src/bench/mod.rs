@@ -140,6 +140,7 @@ fn job(args: &BenchArgs, ranks: u32, inbox: &Inbox) -> Result<RunArgs, Error> {
     Ok(RunArgs {
         ranks,
         nodes: None,
+        identity: None,
         certificate_life: CERTIFICATE_LIFE,
         rendezvous: Endpoint { host: "127.0.0.1".to_owned(), port: 0 },
         grace: GRACE,
