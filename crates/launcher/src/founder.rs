@@ -27,6 +27,9 @@ use crate::secret;
 /// have something to say about whose failure it was.
 const LINGERING: Duration = Duration::from_secs(5);
 
+/// How much later than the ranks of this machine those of others may end without a word about it.
+const NOT_TOGETHER: Duration = Duration::from_secs(2);
+
 /// See [`rendezvous::open`](crate::rendezvous::open).
 pub fn open(args: &RunArgs, console: &Console) -> Result<Box<dyn Rendezvous>, Error> {
     let news = News::new().map_err(|e| system("cannot make an event descriptor", &e))?;
@@ -44,7 +47,8 @@ pub fn open(args: &RunArgs, console: &Console) -> Result<Box<dyn Rendezvous>, Er
     };
     tracing::info!(address = %server.local_addr(), "rendezvous open");
     let ended = Mutex::new(None);
-    Ok(Box::new(Founder { args: args.clone(), server, _boot: boot, credentials, ended, news, _io: io }))
+    let (args, status) = (args.clone(), Status::new(console));
+    Ok(Box::new(Founder { args, server, _boot: boot, credentials, ended, status, news, _io: io }))
 }
 
 /// Founds the job with an authority of its own, which certifies the members of all nodes.
@@ -86,10 +90,16 @@ struct Founder {
     server: Server,
     _boot: Option<BootServer>,
     credentials: Arc<Credentials>,
-    /// When the last rank of this machine had ended.
-    ended: Mutex<Option<Instant>>,
+    ended: Mutex<Option<Ended>>,
+    status: Status,
     news: News,
     _io: IoThread,
+}
+
+/// When the last rank of this machine had ended, and whether it was said that others still run.
+struct Ended {
+    at: Instant,
+    said: bool,
 }
 
 impl Rendezvous for Founder {
@@ -111,7 +121,8 @@ impl Rendezvous for Founder {
     }
 
     fn ranks_ended(&self) {
-        self.ended.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(Instant::now);
+        let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        ended.get_or_insert_with(|| Ended { at: Instant::now(), said: false });
     }
 
     fn failure_elsewhere(&self) -> Option<(String, u8)> {
@@ -119,9 +130,17 @@ impl Rendezvous for Founder {
     }
 
     fn is_over(&self) -> bool {
-        let ended = *self.ended.lock().unwrap_or_else(PoisonError::into_inner);
-        let lingered = ended.is_some_and(|at| at.elapsed() >= LINGERING);
-        self.server.others_are_gone() || (lingered && self.server.failure().is_some())
+        let at_work = self.server.nodes_at_work();
+        let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(Ended { at, said }) = ended.as_mut() else { return at_work.is_empty() };
+        let failed = self.server.failure().is_some();
+        if at_work.is_empty() || (failed && at.elapsed() >= LINGERING) {
+            return true;
+        }
+        if !failed && at.elapsed() >= NOT_TOGETHER && !std::mem::replace(said, true) {
+            self.status.waiting_for(&format!("the ranks of {}; those here have ended", list_nodes(&at_work)));
+        }
+        false
     }
 
     fn cause(&self) -> Option<Cause> {

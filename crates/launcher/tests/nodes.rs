@@ -35,6 +35,10 @@ fn main() {
             trial("a_killed_launcher_ends_the_job_on_the_other_nodes", killed_launcher),
             trial("when_launcher_0_is_killed_the_others_end", killed_launcher_0),
             trial("a_node_that_is_told_to_stop_ends_the_others", stopped),
+            trial(
+                "launcher_0_waits_for_the_ranks_of_other_nodes_says_so_and_can_be_stopped",
+                waiting_at_the_end,
+            ),
             trial("a_node_with_another_secret_is_refused_in_one_line", wrong_secret),
             trial("a_node_with_other_numbers_is_refused_with_both", wrong_numbers),
             trial("a_node_that_is_taken_is_refused_by_name", taken),
@@ -214,6 +218,19 @@ fn stopped() {
     assert_eq!(report(&second), "stopped by signal 15 (SIGTERM)");
     let text = report(&first);
     assert!(text.contains(" on node 1 was killed by signal 15 (SIGTERM)"), "{text}");
+}
+
+fn waiting_at_the_end() {
+    let nodes = Nodes::new(2);
+    let [mut first, mut second] = [0, 1].map(|node| nodes.start(node, &[], "node-1-goes-on"));
+    second.wait_for(" goes on", 2);
+    let line = first.wait_for("those here have ended", 1).remove(0);
+    assert_eq!(line, "paceline: waiting for the ranks of node 1; those here have ended");
+    kill("-TERM", &first.launcher.id().to_string());
+    let [first, second] = [first.finish(), second.finish()];
+    assert_eq!((first.status.code(), second.status.code()), (Some(143), Some(138)));
+    assert_eq!(report(&first), "stopped by signal 15 (SIGTERM)");
+    assert!(report(&second).starts_with("the launcher of node 0 was lost: "), "{}", report(&second));
 }
 
 fn wrong_secret() {
@@ -508,6 +525,15 @@ fn play(part: &str) -> Result<(), paceline_runtime::Error> {
                 world.communicator().all_reduce(&mut going_on, ReduceOp::Max)?;
             }
             eprintln!("rank {rank} has seen {} renewals", renewals.count());
+        }
+        "node-1-goes-on" => {
+            world.leave()?;
+            if rank >= 2 {
+                eprintln!("rank {rank} goes on");
+                // The launcher ends it.
+                std::thread::sleep(job::PATIENCE);
+            }
+            return Ok(());
         }
         "exit-7" => {
             world.communicator().barrier()?;

@@ -303,9 +303,10 @@ impl Seats {
         self.started
     }
 
-    /// Whether every other launcher has ended or is lost.
-    pub(crate) fn others_are_gone(&self) -> bool {
-        self.seats.values().all(|seat| matches!(seat.presence, Presence::Ended | Presence::Lost))
+    /// The nodes other than 0 whose ranks have not ended.
+    pub(crate) fn at_work(&self) -> Vec<u32> {
+        let gone = |seat: &Seat| matches!(seat.presence, Presence::Ended | Presence::Lost);
+        self.seats.iter().filter(|(_, seat)| !gone(seat)).map(|(node, _)| *node).collect()
     }
 }
 
@@ -646,10 +647,9 @@ mod tests {
         assert!(seats.heard(1, last) && seats.heard(2, last));
         assert!(seats.start(last) && !seats.start(last));
         assert!(!seats.heard(1, last));
-        assert!(!seats.others_are_gone());
+        assert_eq!(seats.at_work(), [1, 2]);
         seats.ended(1);
-        seats.ended(2);
-        assert!(seats.others_are_gone());
+        assert_eq!(seats.at_work(), [2]);
     }
 
     #[test]
@@ -706,7 +706,7 @@ mod tests {
         seats.ended(2);
         assert!(!seats.disconnected(2), "it had ended");
         assert!(seats.disconnected(1));
-        assert!(seats.others_are_gone());
+        assert!(seats.at_work().is_empty());
         assert!(refusal(seats.admit(&claim(1, 9), remote(), now)).contains("start the whole job again"));
         assert!(refusal(seats.admit(&claim(1, 1), remote(), now)).contains("has ended"));
     }

@@ -202,9 +202,9 @@ impl Server {
         }
     }
 
-    /// Whether no other launcher is connected any more, or ever was.
-    pub fn others_are_gone(&self) -> bool {
-        self.shared.lock().seats.others_are_gone()
+    /// The other nodes whose ranks have not ended.
+    pub fn nodes_at_work(&self) -> Vec<u32> {
+        self.shared.lock().seats.at_work()
     }
 
     /// The ranks that have not joined yet.
