@@ -2,6 +2,8 @@
 //!
 //! Only what happens before the ranks run is an error of the launcher; what ranks do is told by [`crate::report`].
 
+use crate::cli::RunArgs;
+
 /// Why the launcher did not start the job. The text follows `paceline: ` and is one line.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -31,6 +33,14 @@ pub enum Error {
         /// The reason and what to do about it.
         why: String,
     },
+    /// The launchers of a job of several nodes have not met. No rank has been started.
+    #[error("the nodes have not met at {endpoint}: {why}")]
+    Nodes {
+        /// HOST:PORT.
+        endpoint: String,
+        /// Who is missing, or why this node was refused.
+        why: String,
+    },
     /// Supervising this many ranks needs more open files than the process may have.
     #[error(
         "{ranks} ranks need {needed} open files and the limit is {limit}; raise it with ulimit -n {needed}"
@@ -54,13 +64,22 @@ pub enum Error {
 }
 
 impl Error {
+    /// The library's error about the meeting of the nodes.
+    pub fn nodes(args: &RunArgs, e: &paceline_runtime::Error) -> Self {
+        let why = match e {
+            paceline_runtime::Error::Rendezvous { reason, .. } => reason.clone(),
+            e => e.to_string(),
+        };
+        Error::Nodes { endpoint: args.rendezvous.to_string(), why }
+    }
+
     /// The launcher's exit code for this error, with the shells' meaning of 126 and 127.
     pub fn exit_code(&self) -> u8 {
         match self {
             Error::Usage(_) | Error::Endpoint { .. } | Error::FileLimit { .. } => 2,
             Error::ProgramMissing { .. } => 127,
             Error::ProgramNotExecutable { .. } => 126,
-            Error::System { .. } => 1,
+            Error::System { .. } | Error::Nodes { .. } => 1,
         }
     }
 }

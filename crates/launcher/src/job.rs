@@ -23,16 +23,34 @@ const KILLING: Duration = Duration::from_secs(5);
 /// process and once to its group.
 const ONE_REQUEST: Duration = Duration::from_millis(300);
 
-/// All ranks of the job on this machine, and how far its end has come.
+/// All ranks of the job on this machine, and how far its end has come. Ranks are counted from 0 here, on whichever
+/// machine of several this is.
 #[derive(Debug)]
 pub struct Job {
     grace: Duration,
+    first_rank: u32,
     ranks: Vec<Rank>,
-    /// The first rank that failed, if that was before any request to stop.
-    failed: Option<u32>,
+    /// The first failure, if that was before any request to stop.
+    failed: Option<Cause>,
     stop: Option<Stop>,
     next: Next,
-    death_announced: bool,
+}
+
+/// What a job fails of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Cause {
+    /// A rank of this machine.
+    Here {
+        /// The rank.
+        rank: u32,
+    },
+    /// Something on another machine.
+    Elsewhere {
+        /// In words: `rank 2 on node 1 exited with code 3`.
+        what: String,
+        /// The exit code of the job on that account.
+        exit_code: u8,
+    },
 }
 
 /// What is known of one rank.
@@ -77,8 +95,10 @@ pub enum Action {
     AnnounceDeath {
         /// The rank.
         rank: u32,
-        /// How it died: `exited with code 3`.
-        cause: String,
+        /// How it died.
+        ending: Ending,
+        /// The launcher had not told it to end.
+        by_itself: bool,
     },
     /// Send a signal to the process group of the rank.
     Send {
@@ -90,7 +110,7 @@ pub enum Action {
 }
 
 /// How the job ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
     /// Every rank exited with code 0.
     Done,
@@ -98,6 +118,13 @@ pub enum Verdict {
     Failed {
         /// The rank.
         rank: u32,
+    },
+    /// The job failed on another machine.
+    FailedElsewhere {
+        /// How, in words.
+        what: String,
+        /// With this exit code.
+        exit_code: u8,
     },
     /// The launcher was asked to stop.
     Stopped {
@@ -107,16 +134,21 @@ pub enum Verdict {
 }
 
 impl Job {
-    /// A job whose ranks, in order, are the given processes with the time of their start.
-    pub fn new(grace: Duration, processes: impl IntoIterator<Item = (Pid, Instant)>) -> Self {
+    /// A job whose ranks, in order, are the given processes with the time of their start. The first of them has
+    /// the number `first_rank` among all ranks of the job.
+    pub fn new(
+        grace: Duration,
+        first_rank: u32,
+        processes: impl IntoIterator<Item = (Pid, Instant)>,
+    ) -> Self {
         let rank = |(pid, started)| Rank { pid, end: None, sent: None, started };
         Job {
             grace,
+            first_rank,
             ranks: processes.into_iter().map(rank).collect(),
             failed: None,
             stop: None,
             next: Next::Nothing,
-            death_announced: false,
         }
     }
 
@@ -127,15 +159,25 @@ impl Job {
         if ending.is_success() {
             return vec![Action::AnnounceExit { rank }];
         }
+        let by_itself = entry.sent.is_none();
         if self.next == Next::Nothing {
-            self.failed = Some(rank);
+            self.failed = Some(Cause::Here { rank });
             self.next = Next::Terminate(now + CLOSING);
         }
-        // One is enough, and it must be the cause: whoever ended later may have ended because of it.
-        if std::mem::replace(&mut self.death_announced, true) {
-            return Vec::new();
+        vec![Action::AnnounceDeath { rank, ending, by_itself }]
+    }
+
+    /// The job has failed on another machine: the ranks here are to end as after a failure of one of them.
+    pub fn failed_elsewhere(&mut self, now: Instant, what: String, exit_code: u8) {
+        if self.next == Next::Nothing {
+            self.failed = Some(Cause::Elsewhere { what, exit_code });
+            self.next = Next::Terminate(now + CLOSING);
         }
-        vec![Action::AnnounceDeath { rank, cause: ending.to_string() }]
+    }
+
+    /// The launcher was told to stop while it had no ranks any more and waited for other machines.
+    pub fn stopped_while_waiting(&mut self, now: Instant, signal: Signal) {
+        self.stop.get_or_insert(Stop { signal, at: now });
     }
 
     /// The launcher was sent one of the signals that it passes on.
@@ -188,30 +230,35 @@ impl Job {
         self.next == Next::Abandoned || self.live().next().is_none()
     }
 
+    /// The number of the first rank of this machine.
+    pub fn first_rank(&self) -> u32 {
+        self.first_rank
+    }
+
     /// The ranks, in order.
     pub fn ranks(&self) -> &[Rank] {
         &self.ranks
     }
 
-    /// Corrects whose failure was first. Two ranks that end within a moment may be found in either order; `blamed_by`
-    /// gives the rank that a rank put its own failure down to, and a rank that failed itself takes the blame.
-    pub fn settle_cause(&mut self, blamed_by: impl Fn(u32) -> Option<u32>) {
-        // Each step leads to another rank, or stops: a circle of blame ends after one round.
-        for _ in 0..self.ranks.len() {
-            let Some(culprit) = self.failed.and_then(&blamed_by) else { return };
-            let ended =
-                self.ranks.get(culprit as usize).filter(|rank| rank.sent.is_none()).and_then(|rank| rank.end);
-            if ended.is_none_or(|(ending, _)| ending.is_success()) {
-                return;
-            }
-            self.failed = Some(culprit);
+    /// Corrects what the job failed of, if it failed. Two ranks that end within a moment may be found in either
+    /// order; `cause` is what the rendezvous has found out from what the ranks said about each other.
+    pub fn settle(&mut self, cause: Cause) {
+        let known = match &cause {
+            Cause::Here { rank } => self.ranks.get(*rank as usize).is_some_and(Rank::has_failed),
+            Cause::Elsewhere { .. } => true,
+        };
+        if known && self.failed.is_some() {
+            self.failed = Some(cause);
         }
     }
 
     /// How the job ended, or would if it ended now.
     pub fn verdict(&self) -> Verdict {
-        match (self.failed, self.stop) {
-            (Some(rank), _) => Verdict::Failed { rank },
+        match (&self.failed, self.stop) {
+            (Some(Cause::Here { rank }), _) => Verdict::Failed { rank: *rank },
+            (Some(Cause::Elsewhere { what, exit_code }), _) => {
+                Verdict::FailedElsewhere { what: what.clone(), exit_code: *exit_code }
+            }
             (None, Some(stop)) => Verdict::Stopped { signal: stop.signal },
             (None, None) => Verdict::Done,
         }
@@ -222,6 +269,7 @@ impl Job {
         match self.verdict() {
             Verdict::Done => 0,
             Verdict::Stopped { signal } => code_for_signal(signal.as_raw()),
+            Verdict::FailedElsewhere { exit_code, .. } => exit_code,
             Verdict::Failed { rank } => {
                 let (ending, _) = self.ranks[rank as usize].end.expect("a rank that failed has ended");
                 ending.exit_code()
@@ -249,6 +297,12 @@ impl Job {
     }
 }
 
+impl Rank {
+    fn has_failed(&self) -> bool {
+        self.end.is_some_and(|(ending, _)| !ending.is_success())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -258,7 +312,7 @@ mod tests {
     fn job(ranks: i32) -> (Job, Instant) {
         let start = Instant::now();
         let pid = |n| Pid::from_raw(1000 + n).expect("positive");
-        (Job::new(GRACE, (0..ranks).map(|n| (pid(n), start))), start)
+        (Job::new(GRACE, 0, (0..ranks).map(|n| (pid(n), start))), start)
     }
 
     fn seconds(start: Instant, seconds: f64) -> Instant {
@@ -280,32 +334,58 @@ mod tests {
         assert_eq!((job.verdict(), job.exit_code()), (Verdict::Done, 0));
     }
 
+    fn death(rank: u32, ending: Ending, by_itself: bool) -> Vec<Action> {
+        vec![Action::AnnounceDeath { rank, ending, by_itself }]
+    }
+
     #[test]
-    fn the_first_failure_is_announced_at_once_and_is_the_cause() {
+    fn each_failure_is_announced_at_once_and_the_first_is_the_cause() {
         let (mut job, start) = job(3);
-        let cause = "was killed by signal 9 (SIGKILL)".to_owned();
-        assert_eq!(job.ended(start, 2, Ending::Killed(9)), [Action::AnnounceDeath { rank: 2, cause }]);
-        assert_eq!(job.ended(seconds(start, 0.1), 0, Ending::Exited(1)), []);
-        assert_eq!(job.ended(seconds(start, 0.2), 1, Ending::Exited(1)), []);
+        assert_eq!(job.ended(start, 2, Ending::Killed(9)), death(2, Ending::Killed(9), true));
+        assert_eq!(job.ended(seconds(start, 0.1), 0, Ending::Exited(1)), death(0, Ending::Exited(1), true));
+        job.tick(seconds(start, 2.0));
+        assert_eq!(job.ended(seconds(start, 2.2), 1, Ending::Exited(1)), death(1, Ending::Exited(1), false));
         assert!(job.is_over());
         assert_eq!((job.verdict(), job.exit_code()), (Verdict::Failed { rank: 2 }, 137));
     }
 
     #[test]
-    fn a_rank_that_blames_another_one_for_its_failure_is_not_the_cause() {
-        let (mut job, start) = job(4);
+    fn the_cause_that_the_rendezvous_has_found_out_counts() {
+        let elsewhere = || Cause::Elsewhere { what: "rank 9 on node 1 exited".to_owned(), exit_code: 7 };
+        let (mut job, start) = job(3);
+        job.settle(elsewhere());
+        assert_eq!(job.verdict(), Verdict::Done, "it has not failed");
         job.ended(start, 1, Ending::Exited(1));
-        job.ended(start, 3, Ending::Exited(1));
-        job.ended(start, 0, Ending::Exited(7));
+        job.ended(start, 0, Ending::Exited(3));
         job.ended(start, 2, Ending::Exited(0));
-        job.settle_cause(|_| None);
-        assert_eq!(job.verdict(), Verdict::Failed { rank: 1 });
-        job.settle_cause(|rank| [None, Some(2), None, None][rank as usize]);
-        assert_eq!(job.verdict(), Verdict::Failed { rank: 1 }, "rank 2 has not failed");
-        job.settle_cause(|rank| [None, Some(3), None, Some(0)][rank as usize]);
-        assert_eq!((job.verdict(), job.exit_code()), (Verdict::Failed { rank: 0 }, 7));
-        job.settle_cause(|rank| [Some(1), Some(0), None, None][rank as usize]);
-        assert!(matches!(job.verdict(), Verdict::Failed { rank: 0 | 1 }), "a circle ends");
+        job.settle(Cause::Here { rank: 2 });
+        assert_eq!(job.exit_code(), 1, "rank 2 has not failed");
+        job.settle(Cause::Here { rank: 0 });
+        assert_eq!((job.verdict(), job.exit_code()), (Verdict::Failed { rank: 0 }, 3));
+        job.settle(elsewhere());
+        let what = "rank 9 on node 1 exited".to_owned();
+        assert_eq!((job.verdict(), job.exit_code()), (Verdict::FailedElsewhere { what, exit_code: 7 }, 7));
+    }
+
+    #[test]
+    fn a_failure_elsewhere_ends_the_ranks_here_like_one_of_their_own() {
+        let (mut job, start) = job(2);
+        job.failed_elsewhere(start, "rank 2 on node 1 was killed".to_owned(), 137);
+        assert_eq!(job.tick(seconds(start, 1.9)), []);
+        job.ended(seconds(start, 1.9), 0, Ending::Exited(1));
+        assert_eq!(job.tick(seconds(start, 2.0)), send(Signal::TERM, &[1]));
+        job.failed_elsewhere(seconds(start, 2.1), "another".to_owned(), 1);
+        assert_eq!(job.tick(seconds(start, 22.0)), send(Signal::KILL, &[1]));
+        assert_eq!(job.exit_code(), 137, "the first one is the cause");
+    }
+
+    #[test]
+    fn a_stop_while_other_machines_are_waited_for_is_the_exit_code() {
+        let (mut job, start) = job(1);
+        job.ended(start, 0, Ending::Exited(0));
+        job.stopped_while_waiting(start, Signal::TERM);
+        job.stopped_while_waiting(start, Signal::INT);
+        assert_eq!(job.exit_code(), 143);
     }
 
     #[test]
@@ -346,8 +426,7 @@ mod tests {
     fn a_death_after_a_signal_is_announced_but_is_not_a_failure() {
         let (mut job, start) = job(2);
         job.signalled(start, Signal::TERM);
-        let cause = "was killed by signal 15 (SIGTERM)".to_owned();
-        assert_eq!(job.ended(start, 1, Ending::Killed(15)), [Action::AnnounceDeath { rank: 1, cause }]);
+        assert_eq!(job.ended(start, 1, Ending::Killed(15)), death(1, Ending::Killed(15), false));
         assert_eq!(job.verdict(), Verdict::Stopped { signal: Signal::TERM });
     }
 

@@ -1,7 +1,8 @@
 //! `paceline`: starts the ranks of a job on this machine and looks after them until the last one is gone.
 //!
 //! The parts, in the order a run meets them: [`cli`] says what was asked, [`program`] finds the program,
-//! [`rendezvous`] is where the ranks meet, [`child`] starts one rank, [`supervise`] watches all of them and does
+//! [`rendezvous`] is where the ranks meet (and, in a job of several nodes, the launchers: [`founder`] on node 0,
+//! [`follower`] on the others, with [`credentials`] to show), [`child`] starts one rank, [`supervise`] watches all of them and does
 //! what [`job`] decides, [`console`] prints what they write, [`report`] explains how it ended. [`run`] joins them.
 //! [`mod@bench`] runs this program itself as a job, to measure the collectives.
 //!
@@ -11,9 +12,10 @@
 //! | code | meaning |
 //! |---|---|
 //! | 0 | every rank exited with code 0 and nobody asked the launcher to stop |
-//! | n | the first rank that failed exited with code n |
+//! | n | the first rank that failed, on whichever node, exited with code n |
 //! | 128 + k | the first rank that failed was killed by signal k, or the launcher was asked to stop by signal k |
-//! | 1 | the launcher itself could not go on, for instance because no more processes could be started; `bench`: an element of a result was wrong |
+//! | 138 | the launcher of another node was lost |
+//! | 1 | the launcher itself could not go on, for instance because no more processes could be started or a node did not come; `bench`: an element of a result was wrong |
 //! | 2 | wrong flags, or an endpoint that cannot be used |
 //! | 126, 127 | the program cannot be executed; there is no such program |
 //!
@@ -25,14 +27,19 @@ mod binding;
 mod child;
 mod cli;
 mod console;
+mod credentials;
 mod ending;
 mod error;
+mod follower;
+mod founder;
 mod job;
 mod lines;
+mod news;
 mod program;
 mod rendezvous;
 mod report;
 mod run;
+mod secret;
 mod supervise;
 
 use std::process::ExitCode;
@@ -43,7 +50,12 @@ use tracing_subscriber::EnvFilter;
 fn main() -> ExitCode {
     let console = Console::start();
     log_to(&console);
-    let outcome = match cli::parse(std::env::args_os(), std::env::var_os("PACELINE_PORT")) {
+    let variables = cli::Variables {
+        port: std::env::var_os("PACELINE_PORT"),
+        job_secret_file: std::env::var_os("PACELINE_JOB_SECRET_FILE"),
+        certificate_life: std::env::var_os("PACELINE_CERTIFICATE_LIFE"),
+    };
+    let outcome = match cli::parse(std::env::args_os(), variables) {
         Ok(cli::Request::Print(text)) => {
             console.print(Stream::Out, text.into_bytes());
             Ok((0, String::new()))

@@ -11,12 +11,14 @@ pub fn report(job: &Job, tails: &[&Tail]) -> String {
     match job.verdict() {
         Verdict::Done => String::new(),
         Verdict::Failed { rank } => failure(job, rank, tails[rank as usize]),
+        Verdict::FailedElsewhere { what, .. } => failure_elsewhere(job, &what),
         Verdict::Stopped { signal } => stop(job, signal),
     }
 }
 
 fn failure(job: &Job, failed: u32, tail: &Tail) -> String {
     let rank = &job.ranks()[failed as usize];
+    let failed = job.first_rank() + failed;
     let (ending, after) = rank.end.expect("a rank that failed has ended");
     let mut text = format!(
         "paceline: rank {failed} (pid {}) {ending} after {:.1} s; the job has ended\n",
@@ -37,6 +39,11 @@ fn failure(job: &Job, failed: u32, tail: &Tail) -> String {
     text
 }
 
+fn failure_elsewhere(job: &Job, what: &str) -> String {
+    let fates = fates(job).map(|(number, _, fate)| format!("  rank {number} {fate}\n"));
+    format!("paceline: {what}; the job has ended\n{}", fates.collect::<String>())
+}
+
 /// Only what did not go as asked is worth a line here: whoever presses Ctrl-C knows why the ranks ended.
 fn stop(job: &Job, signal: Signal) -> String {
     let signal = signal.as_raw();
@@ -50,7 +57,7 @@ fn stop(job: &Job, signal: Signal) -> String {
 }
 
 fn fates(job: &Job) -> impl Iterator<Item = (u32, &Rank, String)> {
-    (0..).zip(job.ranks()).map(|(number, rank)| (number, rank, fate(rank)))
+    (job.first_rank()..).zip(job.ranks()).map(|(number, rank)| (number, rank, fate(rank)))
 }
 
 /// How a rank ended and whose doing that was, as the end of a sentence.
@@ -81,7 +88,7 @@ mod tests {
     fn job(ranks: i32) -> (Job, Instant) {
         let start = Instant::now();
         let pid = |n| Pid::from_raw(100 + n).expect("positive");
-        (Job::new(Duration::from_secs(1), (0..ranks).map(|n| (pid(n), start))), start)
+        (Job::new(Duration::from_secs(1), 0, (0..ranks).map(|n| (pid(n), start))), start)
     }
 
     #[test]
@@ -118,6 +125,29 @@ mod tests {
              rank 4 (pid 104) could not be killed and may still run\n  \
              rank 5 exited with code 0\n"
         );
+    }
+
+    #[test]
+    fn on_another_node_ranks_have_their_numbers_in_the_job() {
+        let start = Instant::now();
+        let pid = |n| Pid::from_raw(n).expect("positive");
+        let of_node = || Job::new(Duration::from_secs(1), 2, [100, 101].map(|n| (pid(n), start)));
+        let tails = [Tail::default(), Tail::default()];
+        let tails = [&tails[0], &tails[1]];
+        let mut job = of_node();
+        job.ended(start, 1, Ending::Exited(3));
+        job.ended(start, 0, Ending::Exited(1));
+        let text = "paceline: rank 3 (pid 101) exited with code 3 after 0.0 s; the job has ended\n  \
+                    rank 2 exited with code 1\n";
+        assert_eq!(report(&job, &tails), text);
+        let mut job = of_node();
+        job.failed_elsewhere(start, "rank 0 on node 0 exited with code 3".to_owned(), 3);
+        job.ended(start, 0, Ending::Exited(1));
+        job.tick(start + Duration::from_secs(2));
+        job.ended(start + Duration::from_secs(2), 1, Ending::Killed(15));
+        let text = "paceline: rank 0 on node 0 exited with code 3; the job has ended\n  \
+                    rank 2 exited with code 1\n  rank 3 was ended by paceline (SIGTERM)\n";
+        assert_eq!(report(&job, &tails), text);
     }
 
     #[test]

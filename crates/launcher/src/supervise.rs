@@ -3,7 +3,8 @@
 //! One thread and one `poll` over everything that can happen, with a timeout of at most a second. Nothing in the loop
 //! blocks: pipes are read without waiting, [`Console`] queues, the rendezvous does not wait for its peers. A rank is
 //! done when it has ended and both of its pipes are closed, or [`DRAINING`] after its end: a process that it left
-//! behind may hold the pipes open for ever. Then its process group is killed.
+//! behind may hold the pipes open for ever. Then its process group is killed. In a job of several machines the loop
+//! also hears of failures elsewhere, and goes on when the last rank here has ended until the rendezvous is over.
 
 use std::collections::HashMap;
 use std::io;
@@ -28,7 +29,7 @@ use crate::rendezvous::Rendezvous;
 /// How long what a rank has left behind may still write: enough for `tee` in a start script to pass on its last lines.
 const DRAINING: Duration = Duration::from_millis(500);
 
-/// The longest sleep. Every event wakes the loop; this bounds what a lost wake-up could cost.
+/// The longest sleep; what the rendezvous does at a certain time is asked for as often. Every event wakes the loop; this bounds what a lost wake-up could cost.
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 
 /// The sleep while the console is backed up. Its writer has no descriptor to wait for, and 10 ms is little compared to
@@ -167,7 +168,7 @@ impl Signals {
     }
 
     /// The signals that came since the last call and are to be passed on.
-    fn take(&mut self) -> Vec<Signal> {
+    pub fn take(&mut self) -> Vec<Signal> {
         // SIGCHLD only wakes the loop, which looks for ended children each time.
         self.0.pending().filter(|&signal| signal != SIGCHLD).filter_map(Signal::from_named_raw).collect()
     }
@@ -180,7 +181,8 @@ fn ignored_signals() -> u64 {
     mask.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or(0)
 }
 
-/// Runs the job to its end: returns when every rank has ended or has been given up, and is done.
+/// Runs the job to its end: returns when every rank has ended or has been given up, and is done, and no other
+/// machine needs this one any more.
 pub fn supervise(
     job: &mut Job,
     workers: &mut [Worker],
@@ -190,6 +192,7 @@ pub fn supervise(
 ) {
     let ranks: HashMap<Pid, u32> = workers.iter().map(|worker| worker.pid).zip(0..).collect();
     let mut buffer = vec![0; READ_BYTES];
+    let mut told_to_stop = false;
     loop {
         let mut actions = Vec::new();
         for (pid, ending) in reap() {
@@ -203,6 +206,13 @@ pub fn supervise(
         for signal in signals.take() {
             tracing::info!(signal = signal.as_raw(), "signal received");
             actions.extend(job.signalled(now, signal));
+            if job.is_over() {
+                job.stopped_while_waiting(now, signal);
+                told_to_stop = true;
+            }
+        }
+        if let Some((what, exit_code)) = rendezvous.failure_elsewhere() {
+            job.failed_elsewhere(now, what, exit_code);
         }
         actions.extend(job.tick(now));
         actions.into_iter().for_each(|action| perform(action, workers, rendezvous));
@@ -211,10 +221,13 @@ pub fn supervise(
         if job.is_over() && workers.iter().all(|worker| worker.group.is_none() || worker.ended.is_none()) {
             // What is left has been given up; its output still counts.
             workers.iter_mut().for_each(Worker::close);
-            job.settle_cause(|rank| rendezvous.blamed_by(rank));
-            return;
+            rendezvous.ranks_ended();
+            if told_to_stop || rendezvous.is_over() {
+                rendezvous.cause().into_iter().for_each(|cause| job.settle(cause));
+                return;
+            }
         }
-        wait_and_read(job, workers, signals, console, &mut buffer);
+        wait_and_read(job, workers, (signals, rendezvous), console, &mut buffer);
     }
 }
 
@@ -235,7 +248,9 @@ fn reap() -> Vec<(Pid, Ending)> {
 fn perform(action: Action, workers: &[Worker], rendezvous: &dyn Rendezvous) {
     match action {
         Action::AnnounceExit { rank } => rendezvous.announce_exit(rank),
-        Action::AnnounceDeath { rank, cause } => rendezvous.announce_death(rank, &cause),
+        Action::AnnounceDeath { rank, ending, by_itself } => {
+            rendezvous.announce_death(rank, ending, by_itself);
+        }
         Action::Send { rank, signal } => {
             tracing::info!(rank, signal = signal.as_raw(), "signal sent");
             if let Some(group) = &workers[rank as usize].group {
@@ -246,13 +261,20 @@ fn perform(action: Action, workers: &[Worker], rendezvous: &dyn Rendezvous) {
 }
 
 /// Sleeps until something happens or is due, and reads what has come.
-fn wait_and_read(job: &Job, workers: &mut [Worker], signals: &Signals, console: &Console, buffer: &mut [u8]) {
+fn wait_and_read(
+    job: &Job,
+    workers: &mut [Worker],
+    (signals, rendezvous): (&Signals, &dyn Rendezvous),
+    console: &Console,
+    buffer: &mut [u8],
+) {
     let backed_up = console.is_backed_up();
     let longest = if backed_up { BACKED_UP_SLEEP } else { LONGEST_SLEEP };
     let due = workers.iter().filter_map(Worker::drained_at).chain(job.deadline()).min();
     let sleep = due.map_or(longest, |at| at.saturating_duration_since(Instant::now()).min(longest));
 
-    let mut fds = vec![PollFd::from_borrowed_fd(signals.fd(), PollFlags::IN)];
+    let news = PollFd::from_borrowed_fd(rendezvous.news().fd(), PollFlags::IN);
+    let mut fds = vec![PollFd::from_borrowed_fd(signals.fd(), PollFlags::IN), news];
     if !backed_up {
         let pipes = workers.iter().flat_map(Worker::outputs).filter_map(|output| output.pipe.as_ref());
         fds.extend(pipes.map(|pipe| PollFd::new(pipe, PollFlags::IN)));
@@ -261,7 +283,9 @@ fn wait_and_read(job: &Job, workers: &mut [Worker], signals: &Signals, console: 
     if poll(&mut fds, Some(&sleep)).is_err() {
         return;
     }
-    let ready: Vec<bool> = fds[1..].iter().map(|fd| !fd.revents().is_empty()).collect();
+    // What has come is asked for in the next turn.
+    rendezvous.news().clear();
+    let ready: Vec<bool> = fds[2..].iter().map(|fd| !fd.revents().is_empty()).collect();
     let open = workers.iter_mut().flat_map(Worker::outputs_mut).filter(|output| output.pipe.is_some());
     for (output, _) in open.zip(ready).filter(|(_, ready)| *ready) {
         output.read(buffer);

@@ -131,7 +131,14 @@ fn processes() -> String {
 
 fn paceline(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_paceline"));
-    for name in ["PACELINE_PORT", "PACELINE_LOG", "OMP_NUM_THREADS", "NO_COLOR", "PACELINE_CONSOLE"] {
+    for name in [
+        "PACELINE_PORT",
+        "PACELINE_JOB_SECRET_FILE",
+        "PACELINE_LOG",
+        "OMP_NUM_THREADS",
+        "NO_COLOR",
+        "PACELINE_CONSOLE",
+    ] {
         command.env_remove(name);
     }
     command.args(args).stdin(Stdio::null());
@@ -196,11 +203,11 @@ fn bad_flags_are_refused_in_one_line() {
         (&["run", "-n", "abc", "--", "true"], &format!("invalid value 'abc' {ranks}")),
         (&["run", "-n", "-1", "--", "true"], &format!("unknown flag -1; {help}")),
         (&["run", "-n"], "a value is required for '--nproc-per-node <N>' but none was supplied"),
-        (&["run", "--nodes", "4", "--", "true"], &format!("unknown flag --nodes; {help}")),
+        (&["run", "--hosts", "4", "--", "true"], &format!("unknown flag --hosts; {help}")),
         (&["run", "--grade", "4", "--", "true"], "unknown flag --grade; did you mean --grace?"),
         (
-            &["run", "--rdzv-endpoint", "nonsense", "--", "true"],
-            &format!("invalid value 'nonsense' {endpoint}"),
+            &["run", "--rdzv-endpoint", "nonsense:", "--", "true"],
+            &format!("invalid value 'nonsense:' {endpoint}"),
         ),
         (
             &["run", "--rdzv-endpoint", "host:99999", "true"],
@@ -213,6 +220,35 @@ fn bad_flags_are_refused_in_one_line() {
     ] {
         assert_refused(&mut paceline(args), 2, line);
     }
+}
+
+#[test]
+fn a_job_of_several_nodes_needs_a_secret_that_others_cannot_read() {
+    let several = ["run", "--nnodes", "2", "--node-rank", "1", "--rdzv-endpoint", "127.0.0.1:1"];
+    let refused = |variable: &str, line: &str| {
+        let mut command = paceline(&several);
+        assert_refused(command.arg("true").env("PACELINE_JOB_SECRET_FILE", variable), 2, line);
+    };
+    refused(
+        "",
+        "a job of several nodes needs a job secret: openssl rand -hex 32 > FILE; chmod 600 FILE; and on every node \
+         --job-secret FILE or PACELINE_JOB_SECRET_FILE",
+    );
+    refused("/no/such/file", "the job secret /no/such/file: No such file or directory (os error 2)");
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let path = dir.path().join("secret");
+    let path = path.to_str().expect("text");
+    std::fs::write(path, "0123456789abcdef").expect("written");
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o604)).expect("set");
+    let line = format!(
+        "the job secret {path}: all users of this machine can read it; chmod 600 {path}, or defaultMode: 0440 of \
+         the volume"
+    );
+    refused(path, &line);
+    std::fs::write(path, "0123456789abcde\n").expect("written");
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).expect("set");
+    let why = "it has 15 bytes and needs 16 at least; make one with openssl rand -hex 32";
+    refused(path, &format!("the job secret {path}: {why}"));
 }
 
 #[test]

@@ -57,7 +57,12 @@ fn main() {
         let on = |fabric: &'static str| {
             attacks.map(|(name, attack)| trial(format!("{name}::{fabric}"), move || attack.run(fabric)))
         };
-        ["quic", "tls"].into_iter().flat_map(on).collect()
+        let flood_over = |fabric: &'static str| {
+            let name = "ten_thousand_half_open_handshakes_and_a_flood_cost_little_memory_and_the_job_goes_on";
+            trial(format!("{name}::{fabric}"), move || flood(fabric))
+        };
+        let fabrics = ["quic", "tls"];
+        fabrics.into_iter().flat_map(on).chain(fabrics.map(flood_over)).collect()
     });
 }
 
@@ -69,9 +74,15 @@ struct Attack {
     says: [&'static str; 2],
 }
 
-impl Attack {
-    /// Runs a job, attacks the rendezvous and every rank's port, and looks at the logs.
-    fn run(self, fabric: &str) {
+/// A running job, its processes with their ports over UDP and over TCP, and the file that ends it.
+struct Victim {
+    job: Job,
+    processes: Vec<(String, [Vec<SocketAddr>; 2])>,
+    folder: tempfile::TempDir,
+}
+
+impl Victim {
+    fn start(fabric: &str) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let stop = folder.path().join("stop");
         let path = stop.to_str().expect("the path is text");
@@ -82,28 +93,122 @@ impl Attack {
             .map(|line| line.rsplit(' ').next().expect("the line ends with the pid").to_owned())
             .collect();
         pids.push(job.launcher.id().to_string());
-        let mut attacked = [0; 2];
-        for pid in &pids {
-            let ports = [ports(pid, "udp"), ports(pid, "tcp")];
+        let with_ports = |pid: String| {
+            let addrs = |protocol| -> Vec<SocketAddr> {
+                ports(&pid, protocol).into_iter().map(|port| ([127, 0, 0, 1], port).into()).collect()
+            };
+            let ports = [addrs("udp"), addrs("tcp")];
             assert!(!ports.concat().is_empty(), "process {pid} has no port");
-            for ((ports, attacker), count) in
-                ports.into_iter().zip([self.over_udp, self.over_tcp]).zip(&mut attacked)
-            {
-                *count += ports.len();
-                ports.into_iter().for_each(|port| attacker(SocketAddr::from(([127, 0, 0, 1], port))));
-            }
-        }
-        let expected = if fabric == "quic" { [RANKS, 1] } else { [0, RANKS + 1] };
-        assert_eq!(attacked, expected, "UDP and TCP ports of {RANKS} ranks and the launcher");
-        // One line from the rendezvous and one from each rank.
-        for (text, count) in self.says.into_iter().zip(expected) {
-            job.wait_for(text, count);
-        }
-        fs::write(&stop, "").expect("the folder can be written");
-        let finished: Finished = job.finish();
+            (pid, ports)
+        };
+        Self { job, processes: pids.into_iter().map(with_ports).collect(), folder }
+    }
+
+    /// All ports over UDP, and all over TCP.
+    fn ports(&self) -> [Vec<SocketAddr>; 2] {
+        [0, 1].map(|which| self.processes.iter().flat_map(|(_, ports)| ports[which].clone()).collect())
+    }
+
+    /// Ends the job, which must have gone on.
+    fn end(self) -> Finished {
+        fs::write(self.folder.path().join("stop"), "").expect("the folder can be written");
+        let finished: Finished = self.job.finish();
         finished.assert_success();
         assert_eq!(finished.lines_with("looped well").len(), RANKS, "{}", finished.lines.join("\n"));
+        finished
     }
+}
+
+impl Attack {
+    /// Runs a job, attacks the rendezvous and every rank's port, and looks at the logs.
+    fn run(self, fabric: &str) {
+        let mut victim = Victim::start(fabric);
+        let ports = victim.ports();
+        let expected = if fabric == "quic" { [RANKS, 1] } else { [0, RANKS + 1] };
+        assert_eq!(ports.each_ref().map(Vec::len), expected, "ports of {RANKS} ranks and the launcher");
+        for (ports, attacker) in ports.into_iter().zip([self.over_udp, self.over_tcp]) {
+            ports.into_iter().for_each(attacker);
+        }
+        // One line from the rendezvous and one from each rank.
+        for (text, count) in self.says.into_iter().zip(expected) {
+            victim.job.wait_for(text, count);
+        }
+        victim.end();
+    }
+}
+
+/// What a process may grow by while it is attacked.
+const GROWTH_KIB: u64 = 48 * 1024;
+
+/// Connections at a time that say nothing, to each port over TCP; as many files as a test may have open.
+const SILENT_CONNECTIONS: usize = 200;
+
+fn flood(fabric: &str) {
+    let victim = Victim::start(fabric);
+    let before: Vec<u64> = victim.processes.iter().map(|(pid, _)| peak_kib(pid)).collect();
+    let [over_udp, over_tcp] = victim.ports();
+    if !over_udp.is_empty() {
+        let socket = UdpSocket::bind("127.0.0.1:0").expect("loopback has free ports");
+        for datagram in &first_datagrams(10_000) {
+            for addr in &over_udp {
+                // A full socket buffer drops datagrams, which is all right here.
+                let _ = socket.send_to(datagram, addr);
+            }
+        }
+    }
+    for &addr in &over_tcp {
+        for _ in 0..10_000 / SILENT_CONNECTIONS / over_tcp.len() {
+            // Refused or not answered: either is all right.
+            let silent = (0..SILENT_CONNECTIONS)
+                .filter_map(|_| TcpStream::connect_timeout(&addr, Duration::from_millis(20)).ok());
+            drop(silent.collect::<Vec<_>>());
+        }
+    }
+    for _ in 0..20 {
+        over_udp.iter().copied().for_each(random_bytes);
+        over_tcp.iter().copied().for_each(random_bytes_over_tcp);
+    }
+    for ((pid, _), before) in victim.processes.iter().zip(before) {
+        let grown = peak_kib(pid).saturating_sub(before);
+        assert!(grown < GROWTH_KIB, "process {pid} has grown by {grown} KiB");
+    }
+    let finished = victim.end();
+    let refused = finished.lines.iter().filter(|line| line.contains("refused")).count();
+    assert!(refused < 5000, "{refused} lines in the log");
+}
+
+/// The most memory that a process has had.
+fn peak_kib(pid: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the process runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a size");
+    line.trim().trim_end_matches(" kB").parse().expect("a number")
+}
+
+/// The first datagrams of `count` handshakes that nobody will continue.
+fn first_datagrams(count: usize) -> Vec<Vec<u8>> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let sink = tokio::net::UdpSocket::bind("127.0.0.1:0").await.expect("loopback has free ports");
+        let addr = sink.local_addr().expect("it is bound");
+        let endpoint = quinn::Endpoint::client(SocketAddr::from(([127, 0, 0, 1], 0))).expect("a socket");
+        let mut tls = stranger(None);
+        tls.alpn_protocols = vec![b"paceline/1".to_vec()];
+        let config = QuicClientConfig::try_from(tls).expect("TLS 1.3 has the initial cipher suite");
+        let config = quinn::ClientConfig::new(Arc::new(config));
+        // By the name that the client gives the server (RFC 9000, 17.2): clients repeat themselves.
+        let mut datagrams = std::collections::HashMap::new();
+        let mut buffer = [0; 2048];
+        while datagrams.len() < count {
+            let connecting = endpoint.connect_with(config.clone(), addr, "somebody.example").expect("a call");
+            let before = datagrams.len();
+            while datagrams.len() == before {
+                let len = sink.recv(&mut buffer).await.expect("a first datagram");
+                datagrams.entry(buffer[6..14].to_vec()).or_insert_with(|| buffer[..len].to_vec());
+            }
+            drop(connecting);
+        }
+        datagrams.into_values().collect()
+    })
 }
 
 /// The ports a process listens on, by the inodes of its sockets.

@@ -18,6 +18,8 @@
 //! |---|---|
 //! | [`env`](mod@env) | the job's environment variables, read here and nowhere below |
 //! | [`rendezvous`] | where the members of a job meet: server (launcher) and client (worker) |
+//! | [`nodes`] | what the launchers of a job of several nodes tell each other |
+//! | [`renewal`] | a member's identity in files, read again when it is renewed |
 //! | [`world`] | this process's place in the job |
 //! | [`data_parallel`] | gradient buckets, averaging, broadcast of the initial parameters |
 //! | [`sampler`] | which samples a rank takes, as a pure function |
@@ -29,7 +31,9 @@ pub mod data_parallel;
 pub mod digest;
 pub mod env;
 pub mod error;
+pub mod nodes;
 pub mod rendezvous;
+pub mod renewal;
 pub mod sampler;
 #[cfg(feature = "tch")]
 pub mod tch;

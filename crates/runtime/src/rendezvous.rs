@@ -14,20 +14,26 @@
 //! Blames{rank}                  ─────▶  this worker failed because of that one
 //! ```
 //! A member may only join as the rank its certificate was made for. Strangers do not get this far: the
-//! endpoint refuses them.
+//! endpoint refuses them. In a job of several nodes the other launchers connect here too ([`nodes`](crate::nodes)),
+//! and the ranks start when they are all there.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use paceline_transport::boot::{Claim, Registrar, Verdict};
 use paceline_transport::identity::Identity;
 use paceline_transport::tls::{Connection, Dialler, Endpoint, MessageReceiver, MessageSender};
 use paceline_transport::{Fabric, IoHandle, Member, Roster};
 use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::Error;
+use crate::nodes::{
+    self, BEAT, Causes, Failure, LOST_NODE, Layout, OnChange, Order, Report, SILENCE, Seats, Settled,
+};
 
 /// The member name of the launcher that serves the rendezvous.
 pub const LAUNCHER: &str = "launcher-0";
@@ -37,7 +43,7 @@ pub fn worker(rank: usize) -> String {
     format!("worker-{rank}")
 }
 
-fn rank_of(member: &str) -> Option<usize> {
+fn rank_of(member: &str) -> Option<u32> {
     member.strip_prefix("worker-")?.parse().ok()
 }
 
@@ -73,25 +79,39 @@ const NAMED_RANKS_LIMIT: usize = 32;
 /// The epoch of the first roster.
 const FIRST_EPOCH: u64 = 1;
 
+/// How long a launcher whose ranks have all ended may have to wait for its verdict: until the end of the
+/// rank that is blamed is known too, which is on its way.
+const VERDICT_LIMIT: Duration = Duration::from_secs(1);
+
+/// How long a launcher may take to say which it is.
+const ATTEND_LIMIT: Duration = Duration::from_secs(5);
+
 /// The meeting place, served until it is dropped.
 pub struct Server {
+    io: IoHandle,
     endpoint: Endpoint,
     shared: Arc<Shared>,
-    tasks: [tokio::task::JoinHandle<()>; 2],
+    timeout: Duration,
+    accept: tokio::task::JoinHandle<()>,
+    patience: Mutex<Option<tokio::task::JoinHandle<()>>>,
 }
 
 struct Shared {
-    world_size: usize,
+    layout: Layout,
     state: Mutex<State>,
+    /// The other launchers have all come, or one has come or gone.
+    attendance: Notify,
+    on_change: OnChange,
 }
 
-#[derive(Default)]
 struct State {
     joined: BTreeMap<usize, Joined>,
     /// What is to be told to whoever joins later.
     notices: Vec<Notice>,
-    /// The first rank that a worker blamed for its own failure, by the worker's rank.
-    blamed: BTreeMap<usize, usize>,
+    seats: Seats,
+    /// To each launcher that attends.
+    orders: BTreeMap<u32, UnboundedSender<Order>>,
+    causes: Causes,
 }
 
 struct Joined {
@@ -102,8 +122,10 @@ struct Joined {
 }
 
 impl Server {
-    /// Serves the rendezvous of a job of `world_size` ranks at `addr`, on the I/O thread of `io`. Ranks
-    /// that have not joined after `timeout` are named to those that have, which ends their wait.
+    /// Serves the rendezvous of a job at `addr`, on the I/O thread of `io`. `on_change` is called when there
+    /// is news from other nodes. Ranks that have not joined `timeout` after the start are named to those that
+    /// have, which ends their wait; a job on one host starts at once, others with
+    /// [`wait_for_nodes`](Self::wait_for_nodes).
     ///
     /// # Errors
     /// The transport's: nothing can listen there, or the identity is unusable.
@@ -111,14 +133,31 @@ impl Server {
         io: &IoHandle,
         addr: SocketAddr,
         identity: &Identity,
-        world_size: usize,
+        layout: Layout,
         timeout: Duration,
+        on_change: OnChange,
     ) -> Result<Self, paceline_transport::Error> {
         let endpoint = Endpoint::bind(io, addr, identity)?;
-        let shared = Arc::new(Shared { world_size, state: Mutex::default() });
+        let state = State {
+            joined: BTreeMap::new(),
+            notices: Vec::new(),
+            seats: Seats::new(layout),
+            orders: BTreeMap::new(),
+            causes: Causes::default(),
+        };
+        let shared = Shared { layout, state: Mutex::new(state), attendance: Notify::new(), on_change };
+        let shared = Arc::new(shared);
         let accept = io.spawn(accept_all(io.clone(), endpoint.clone(), shared.clone()));
-        let patience = io.spawn(lose_patience(shared.clone(), timeout));
-        Ok(Self { endpoint, shared, tasks: [accept, patience] })
+        let server = Self { io: io.clone(), endpoint, shared, timeout, accept, patience: Mutex::new(None) };
+        if layout.nodes == 1 {
+            server.lose_patience_later();
+        }
+        Ok(server)
+    }
+
+    /// What it listens with, for another service on its port.
+    pub fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
     }
 
     /// Where it listens, with the port that was chosen.
@@ -126,31 +165,90 @@ impl Server {
         self.endpoint.local_addr()
     }
 
-    /// Tells every worker that a rank is dead; `cause` completes the sentence "rank 2 …". Does not block.
-    pub fn announce_death(&self, rank: usize, cause: &str) {
-        self.shared.tell_all(Notice::Died { rank: rank as u32, cause: cause.to_owned() });
+    /// Decides which nodes get certificates.
+    pub fn registrar(&self) -> Arc<dyn Registrar> {
+        self.shared.clone()
+    }
+
+    /// Waits until the launchers of all other nodes have come, and starts the job on all of them. `waiting`
+    /// is called with the nodes that are missing, at the beginning and whenever that changes. Blocks.
+    ///
+    /// # Errors
+    /// [`Error::Rendezvous`] naming the nodes that have not come by `deadline`; the others are told.
+    pub fn wait_for_nodes(
+        &self,
+        deadline: Instant,
+        waiting: impl Fn(&[u32]) + Send + 'static,
+    ) -> Result<(), Error> {
+        let shared = self.shared.clone();
+        let missing = self.io.block_on(async move { shared.wait_for_nodes(deadline, waiting).await })?;
+        if missing.is_empty() {
+            self.lose_patience_later();
+            return Ok(());
+        }
+        let reason = format!("timed out waiting for node {}", list(&missing, ", node "));
+        self.shared.lock().order_all(&Order::Refused { reason: reason.clone() });
+        Err(Error::Rendezvous { endpoint: self.local_addr().to_string(), reason })
+    }
+
+    /// Tells everybody that a rank of this host is dead, if that is the first failure of the job; the others
+    /// are its consequences. `cause` completes the sentence "rank 2 …"; `by_itself`: its launcher had not told
+    /// it to end. Does not block.
+    pub fn announce_death(&self, rank: usize, cause: &str, exit_code: u8, by_itself: bool) {
+        self.shared.died(rank as u32, cause.to_owned(), exit_code, by_itself);
     }
 
     /// Tells every worker that a rank has exited with code 0. Those who have its goodbye ignore it.
     /// Does not block.
     pub fn announce_exit(&self, rank: usize) {
-        self.shared.tell_all(Notice::Exited { rank: rank as u32 });
+        self.shared.exited(rank as u32);
     }
 
-    /// The rank that the worker `rank` has blamed for its own failure, if it has.
-    pub fn blamed_by(&self, rank: usize) -> Option<usize> {
-        self.shared.lock().blamed.get(&rank).copied()
+    /// The first failure of the job that was noticed, on whichever node.
+    pub fn failure(&self) -> Option<Failure> {
+        self.shared.lock().causes.first().cloned()
+    }
+
+    /// What the job has failed of, by what the workers said about each other before they ended.
+    pub fn cause(&self) -> Option<Failure> {
+        match self.shared.lock().causes.settled() {
+            Settled::Known(cause) => cause,
+            Settled::Open(first) => Some(first),
+        }
+    }
+
+    /// The other nodes whose ranks have not ended.
+    pub fn nodes_at_work(&self) -> Vec<u32> {
+        self.shared.lock().seats.at_work()
     }
 
     /// The ranks that have not joined yet.
     pub fn missing(&self) -> Vec<usize> {
         self.shared.missing(&self.shared.lock())
     }
+
+    fn lose_patience_later(&self) {
+        let patience = self.io.spawn(lose_patience(self.shared.clone(), self.timeout));
+        *self.patience.lock().unwrap_or_else(PoisonError::into_inner) = Some(patience);
+    }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.tasks.iter().for_each(tokio::task::JoinHandle::abort);
+        let patience = self.patience.lock().unwrap_or_else(PoisonError::into_inner).take();
+        patience.iter().chain([&self.accept]).for_each(tokio::task::JoinHandle::abort);
+    }
+}
+
+impl Registrar for Shared {
+    fn admit(&self, claim: &Claim, remote: SocketAddr) -> Verdict {
+        let verdict = self.lock().seats.admit(claim, remote, Instant::now());
+        tracing::info!(node = claim.node, %remote, ?verdict, "a launcher asks for certificates");
+        verdict
+    }
+
+    fn may_certify(&self, claim: &Claim, member: &str) -> bool {
+        self.lock().seats.may_certify(claim, member)
     }
 }
 
@@ -161,13 +259,84 @@ impl Shared {
     }
 
     fn missing(&self, state: &State) -> Vec<usize> {
-        (0..self.world_size).filter(|rank| !state.joined.contains_key(rank)).collect()
+        (0..self.layout.world_size()).filter(|rank| !state.joined.contains_key(rank)).collect()
     }
 
-    fn tell_all(&self, notice: Notice) {
+    fn died(&self, rank: u32, cause: String, exit_code: u8, by_itself: bool) {
+        let node = self.layout.node_of(rank as usize) as u32;
+        let failure = Failure { node, rank: Some(rank), cause: cause.clone(), exit_code };
         let mut state = self.lock();
-        state.tell_all(&notice);
-        state.notices.push(notice);
+        if state.causes.died(rank, failure.clone(), by_itself) {
+            state.tell(Notice::Died { rank, cause });
+            state.order_all(&Order::Failed(failure));
+        }
+        drop(state);
+        (self.on_change)();
+    }
+
+    fn exited(&self, rank: u32) {
+        let mut state = self.lock();
+        state.causes.exited(rank);
+        state.tell(Notice::Exited { rank });
+    }
+
+    /// A launcher was lost, and its ranks with it.
+    fn lost(&self, node: u32, reason: &str) {
+        let cause = format!("was lost: {reason}");
+        tracing::warn!(node, reason, "a launcher was lost");
+        let failure = Failure { node, rank: None, cause, exit_code: LOST_NODE };
+        let mut state = self.lock();
+        if state.causes.lost(failure.clone()) {
+            for rank in self.layout.ranks(node as usize) {
+                let cause = format!("was lost with the launcher of node {node}: {reason}");
+                state.tell(Notice::Died { rank: rank as u32, cause });
+            }
+            state.order_all(&Order::Failed(failure));
+        }
+        drop(state);
+        (self.on_change)();
+    }
+
+    /// Waits for the launchers, starts them, and returns those that are missing at the deadline.
+    async fn wait_for_nodes(&self, deadline: Instant, waiting: impl Fn(&[u32])) -> Vec<u32> {
+        let mut told = None;
+        loop {
+            let missing = {
+                let mut state = self.lock();
+                if state.seats.start(Instant::now()) {
+                    state.order_all(&Order::Start);
+                    return Vec::new();
+                }
+                state.seats.missing()
+            };
+            if told.as_ref() != Some(&missing) {
+                if !missing.is_empty() {
+                    waiting(&missing);
+                }
+                self.lock().order_all(&Order::Waiting { missing: missing.clone() });
+                told = Some(missing.clone());
+            }
+            // One that has come and is silent is soon heard or missed.
+            let until = if missing.is_empty() { Instant::now() + SILENCE } else { deadline };
+            // A permit is stored when somebody comes, speaks or goes meanwhile.
+            let _ = tokio::time::timeout_at(until.into(), self.attendance.notified()).await;
+            if Instant::now() >= deadline && !missing.is_empty() {
+                return missing;
+            }
+        }
+    }
+
+    /// What the job has failed of, when it is certain, or after a second what is known then.
+    async fn verdict(&self) -> Option<Failure> {
+        let until = Instant::now() + VERDICT_LIMIT;
+        loop {
+            match self.lock().causes.settled() {
+                Settled::Known(cause) => return cause,
+                Settled::Open(first) if Instant::now() >= until => return Some(first),
+                Settled::Open(_) => {}
+            }
+            tokio::time::sleep(VERDICT_LIMIT / 50).await;
+        }
     }
 
     /// Lets a member in, or says why not.
@@ -176,8 +345,8 @@ impl Shared {
             return Err("the first message must be a join".to_owned());
         };
         let (rank, world_size) = (rank as usize, world_size as usize);
-        if world_size != self.world_size {
-            return Err(format!("the job has {} ranks, not {world_size}", self.world_size));
+        if world_size != self.layout.world_size() {
+            return Err(format!("the job has {} ranks, not {world_size}", self.layout.world_size()));
         }
         if connection.member() != worker(rank) {
             return Err(format!("{} may not join as rank {rank}", connection.member()));
@@ -202,6 +371,12 @@ impl Shared {
         let missing = self.missing(&state);
         tracing::info!(rank, %addr, missing = missing.len(), "joined");
         if missing.is_empty() {
+            let addrs: Vec<SocketAddr> = state.joined.values().map(|joined| joined.addr).collect();
+            if let Some(reason) = unreachable(&addrs) {
+                tracing::warn!(reason, "the ranks cannot reach each other");
+                state.tell(Notice::Refused { reason });
+                return Ok(notices);
+            }
             let members = state.joined.values().map(|joined| (joined.member.clone(), joined.addr)).collect();
             state.tell_all(&Notice::Roster { epoch: FIRST_EPOCH, members });
         } else {
@@ -213,9 +388,39 @@ impl Shared {
 }
 
 impl State {
+    /// Tells all workers that have joined, and those that will.
+    fn tell(&mut self, notice: Notice) {
+        self.tell_all(&notice);
+        self.notices.push(notice);
+    }
+
     fn tell_all(&self, notice: &Notice) {
         self.joined.values().for_each(|joined| drop(joined.notices.send(notice.clone())));
     }
+
+    /// Tells all launchers that attend.
+    fn order_all(&self, order: &Order) {
+        // A failed send means that the launcher has gone, which its connection says too.
+        self.orders.values().for_each(|orders| drop(orders.send(order.clone())));
+    }
+}
+
+/// Why some members cannot reach others: those that came over the loopback of launcher 0's host say so, while
+/// others came from elsewhere.
+fn unreachable(addrs: &[SocketAddr]) -> Option<String> {
+    let local = addrs.iter().position(|addr| addr.ip().is_loopback())?;
+    addrs.iter().any(|addr| !addr.ip().is_loopback()).then(|| {
+        format!(
+            "rank {local} has the address {}, which other hosts cannot reach; give an address of node 0 in \
+             --rdzv-endpoint, or a name that does not mean the loopback interface there",
+            addrs[local].ip()
+        )
+    })
+}
+
+fn list(numbers: &[u32], between: &str) -> String {
+    let names: Vec<String> = numbers.iter().take(NAMED_RANKS_LIMIT).map(u32::to_string).collect();
+    names.join(between)
 }
 
 /// Ends the wait of those that have come when others have not in time.
@@ -226,7 +431,7 @@ async fn lose_patience(shared: Arc<Shared>, timeout: Duration) {
         let missing: Vec<u32> = missing.into_iter().take(NAMED_RANKS_LIMIT).map(|rank| rank as u32).collect();
         let reason = waited_in_vain(&missing);
         tracing::warn!(reason, "the ranks have not met");
-        shared.tell_all(Notice::Refused { reason });
+        shared.lock().tell(Notice::Refused { reason });
     }
 }
 
@@ -240,7 +445,11 @@ async fn accept_all(io: IoHandle, endpoint: Endpoint, shared: Arc<Shared>) {
 /// Serves one worker until its connection ends.
 async fn serve(connection: Connection, shared: Arc<Shared>) {
     let remote = connection.remote_address();
-    if let Err(error) = serve_lane(&connection, &shared).await {
+    let served = match nodes::node_of(connection.member()) {
+        Some(node) => serve_launcher(&connection, node, &shared).await,
+        None => serve_lane(&connection, &shared).await,
+    };
+    if let Err(error) = served {
         tracing::debug!(%remote, member = connection.member(), %error, "rendezvous connection ended");
     }
 }
@@ -265,12 +474,115 @@ async fn serve_lane(connection: &Connection, shared: &Shared) -> Result<(), pace
             request = receiver.recv::<Request>() => match request? {
                 Some(Request::Blames { rank }) => {
                     if let Some(blamer) = rank_of(connection.member()) {
-                        shared.lock().blamed.entry(blamer).or_insert(rank as usize);
+                        shared.lock().causes.blames(blamer, rank);
                     }
                 }
                 Some(Request::Join { .. }) => {}
                 None => return Ok(()),
             },
+        }
+    }
+}
+
+/// Serves the launcher of a node until its connection ends, which is a loss unless its ranks had ended.
+async fn serve_launcher(
+    connection: &Connection,
+    node: u32,
+    shared: &Arc<Shared>,
+) -> Result<(), paceline_transport::Error> {
+    let (mut sender, mut receiver) = connection.accept_messages().await?;
+    let Ok(first) = tokio::time::timeout(ATTEND_LIMIT, receiver.recv::<Report>()).await else {
+        return Ok(());
+    };
+    let Some(Report::Attend(claim)) = first? else { return Ok(()) };
+    let (orders, outgoing) = unbounded_channel();
+    let attends = {
+        let mut state = shared.lock();
+        let attends = state.seats.attend(node, &claim, connection.remote_address(), Instant::now());
+        if attends.is_ok() {
+            drop(orders.send(Order::Waiting { missing: state.seats.missing() }));
+            state.orders.insert(node, orders.clone());
+        }
+        attends
+    };
+    if let Err(reason) = attends {
+        tracing::warn!(remote = %connection.remote_address(), node, reason, "refused a launcher");
+        sender.send(&Order::Refused { reason }).await?;
+        return sender.finish().await;
+    }
+    tracing::info!(node, remote = %connection.remote_address(), "a launcher has come");
+    shared.attendance.notify_one();
+    let ended = follow_launcher((sender, receiver), node, shared, (orders, outgoing)).await;
+    let reason = match &ended {
+        Ok(()) => "it closed the connection".to_owned(),
+        Err(error) => nodes::reason_of(error.clone()),
+    };
+    let lost = {
+        let mut state = shared.lock();
+        state.orders.remove(&node);
+        state.seats.disconnected(node)
+    };
+    match lost {
+        true => shared.lost(node, &reason),
+        false => (shared.on_change)(),
+    }
+    shared.attendance.notify_one();
+    Ok(())
+}
+
+/// Passes news on, in both directions.
+async fn follow_launcher(
+    (mut sender, mut receiver): (MessageSender, MessageReceiver),
+    node: u32,
+    shared: &Arc<Shared>,
+    (orders, mut outgoing): (UnboundedSender<Order>, UnboundedReceiver<Order>),
+) -> Result<(), paceline_transport::Error> {
+    let mut beat = tokio::time::interval(BEAT);
+    let silence = tokio::time::sleep(SILENCE);
+    tokio::pin!(silence);
+    loop {
+        let report = tokio::select! {
+            report = receiver.recv::<Report>() => report?,
+            // This function holds a sender: there is always another order.
+            Some(order) = outgoing.recv() => {
+                sender.send(&order).await?;
+                continue;
+            }
+            _ = beat.tick() => {
+                sender.send(&Order::Beat).await?;
+                continue;
+            }
+            () = &mut silence => {
+                let what = format!("a word of the launcher of node {node}");
+                return Err(paceline_transport::Error::TimedOut { what, elapsed: SILENCE });
+            }
+        };
+        silence.as_mut().reset((Instant::now() + SILENCE).into());
+        if shared.lock().seats.heard(node, Instant::now()) {
+            shared.attendance.notify_one();
+        }
+        let of_node = |rank: u32| shared.layout.ranks(node as usize).contains(&(rank as usize));
+        match report {
+            Some(Report::Died { rank, cause, exit_code, by_itself }) if of_node(rank) => {
+                shared.died(rank, nodes::quote(&cause), exit_code, by_itself);
+            }
+            Some(Report::Exited { rank }) if of_node(rank) => shared.exited(rank),
+            Some(Report::Ended) => {
+                shared.lock().seats.ended(node);
+                (shared.on_change)();
+                let (shared, orders) = (shared.clone(), orders.clone());
+                tokio::spawn(async move {
+                    let cause = shared.verdict().await;
+                    // A launcher that is gone needs no verdict.
+                    let _ = orders.send(Order::Verdict { cause });
+                });
+            }
+            Some(Report::Beat) => {}
+            Some(Report::Attend(_) | Report::Died { .. } | Report::Exited { .. }) => {
+                let reason = format!("the launcher of node {node} said what it may not");
+                return Err(paceline_transport::Error::Usage { reason });
+            }
+            None => return Ok(()),
         }
     }
 }
@@ -372,7 +684,7 @@ impl Client {
 }
 
 /// Resolves and dials until the server answers. Being refused is final; no answer is not.
-async fn dial(dialler: &Dialler, server: &str, deadline: Instant) -> Result<Connection, String> {
+pub(crate) async fn dial(dialler: &Dialler, server: &str, deadline: Instant) -> Result<Connection, String> {
     let mut pause = FIRST_PAUSE;
     loop {
         let reason = match tokio::net::lookup_host(server).await {
@@ -395,9 +707,24 @@ async fn dial(dialler: &Dialler, server: &str, deadline: Instant) -> Result<Conn
 }
 
 fn waited_in_vain(missing: &[u32]) -> String {
-    let names: Vec<String> = missing.iter().map(u32::to_string).collect();
-    match names.as_slice() {
+    match missing {
         [] => "timed out before anybody was heard of".to_owned(),
-        names => format!("timed out waiting for rank {}", names.join(", rank ")),
+        missing => format!("timed out waiting for rank {}", list(missing, ", rank ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loopback_addresses_are_reachable_from_each_other_alone() {
+        let addrs = |ips: &[&str]| -> Vec<SocketAddr> {
+            ips.iter().map(|ip| SocketAddr::new(ip.parse().expect("an address"), 1)).collect()
+        };
+        assert_eq!(unreachable(&addrs(&["127.0.0.1", "127.0.0.1"])), None);
+        assert_eq!(unreachable(&addrs(&["10.0.0.1", "fd00::1"])), None);
+        let reason = unreachable(&addrs(&["10.0.0.1", "127.0.1.1"])).expect("unreachable");
+        assert!(reason.starts_with("rank 1 has the address 127.0.1.1,"), "{reason}");
     }
 }

@@ -15,9 +15,9 @@ use paceline_transport::{Error as TransportError, Fabric, IoThread, Roster, Tran
 use paceline_transport::{quic, tls};
 use tokio::sync::oneshot;
 
-use crate::Error;
 use crate::env::{self, JobEnv};
 use crate::rendezvous::{Client, News};
+use crate::{Error, renewal};
 
 /// How much longer than the server a worker waits: the server's answer names who is missing.
 const SERVER_GRACE: Duration = Duration::from_secs(2);
@@ -50,6 +50,7 @@ pub struct Membership {
 #[derive(Debug)]
 struct Job {
     watcher: tokio::task::JoinHandle<()>,
+    renewal: tokio::task::JoinHandle<()>,
     _doors: Doors,
     _io: IoThread,
 }
@@ -116,7 +117,7 @@ impl World {
         let deadline = Instant::now() + env.rendezvous_timeout + SERVER_GRACE;
         let io = IoThread::start()?;
         let identity = read_identity(&env.identity)?;
-        let mut doors = Doors::open(&io, local_addr(&env.rendezvous), &identity, fabric)?;
+        let mut doors = Doors::open(&io, listen_address(&env.rendezvous), &identity, fabric)?;
         let dialler = Dialler::new(&io.handle(), &identity)?;
         let (server, port) = (env.rendezvous.clone(), doors.port);
         let joining = Client::join(dialler, server, env.rank, env.world_size, (fabric, port), deadline);
@@ -137,6 +138,7 @@ impl World {
         });
         let interrupter = communicator.interrupter();
         let watcher = io.handle().spawn(watch(client, interrupter, culprits));
+        let renewal = io.handle().spawn(renewal::follow(env.identity.clone(), identity));
         if let Err(error) = communicator.tune() {
             // A rank that is ready may have failed already, or left. Whoever is not finds that in its first
             // operation, like everybody else.
@@ -149,7 +151,7 @@ impl World {
             local_world_size: env.local_world_size,
             links,
             communicator,
-            membership: Membership { _job: Some(Job { watcher, _doors: doors, _io: io }) },
+            membership: Membership { _job: Some(Job { watcher, renewal, _doors: doors, _io: io }) },
         })
     }
 
@@ -204,6 +206,7 @@ impl World {
 impl Drop for Job {
     fn drop(&mut self) {
         self.watcher.abort();
+        self.renewal.abort();
     }
 }
 
@@ -351,13 +354,12 @@ fn read_identity(path: &Path) -> Result<Identity, Error> {
         variable: "PACELINE_IDENTITY",
         reason: format!("{}: {reason}", path.display()),
     };
-    let bundle = std::fs::read_to_string(path).map_err(|error| unusable(error.to_string()))?;
-    Identity::from_pem(&bundle).map_err(|error| unusable(error.to_string()))
+    renewal::read(path).map_err(unusable)
 }
 
-/// The address to listen on: loopback when the rendezvous is there, so that a job on one machine is not
+/// The address on which a member of a job listens: loopback when the rendezvous is there, so that a job on one machine is not
 /// reachable from outside; otherwise all interfaces of the rendezvous's address family.
-fn local_addr(rendezvous: &str) -> SocketAddr {
+pub fn listen_address(rendezvous: &str) -> SocketAddr {
     let host = rendezvous.rsplit_once(':').map_or(rendezvous, |(host, _)| host);
     let host = host.trim_start_matches('[').trim_end_matches(']');
     let ip = match host.parse::<IpAddr>() {
@@ -393,7 +395,7 @@ mod tests {
             ("[fd00::1]:29400", "[::]:0"),
             ("job-launcher-0.job:29400", "0.0.0.0:0"),
         ] {
-            assert_eq!(local_addr(rendezvous).to_string(), expected);
+            assert_eq!(listen_address(rendezvous).to_string(), expected);
         }
     }
 }

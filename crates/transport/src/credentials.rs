@@ -18,8 +18,7 @@ pub(crate) fn client_config(identity: &Identity, alpn: &[u8]) -> Result<rustls::
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(unusable)?
         .with_root_certificates(roots(identity)?)
-        .with_client_auth_cert(vec![identity.leaf()], identity.key())
-        .map_err(unusable)?;
+        .with_client_cert_resolver(identity.resolver());
     tls.alpn_protocols = vec![alpn.to_vec()];
     tls.resumption = Resumption::disabled();
     tls.enable_early_data = false;
@@ -36,8 +35,7 @@ pub(crate) fn server_config(identity: &Identity, alpn: &[u8]) -> Result<rustls::
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(unusable)?
         .with_client_cert_verifier(verifier)
-        .with_single_cert(vec![identity.leaf()], identity.key())
-        .map_err(unusable)?;
+        .with_cert_resolver(identity.resolver());
     tls.alpn_protocols = vec![alpn.to_vec()];
     tls.session_storage = Arc::new(NoServerSessionStorage {});
     tls.send_tls13_tickets = 0;

@@ -5,19 +5,27 @@
 //! server verifier compares with the member that was dialled, and as a SPIFFE URI, which the accepting
 //! side reads. Leaves name members, not ranks, because ranks change with the epoch.
 //!
+//! A key is made on the host of its member and does not leave it: what travels is a [`CertificateRequest`] and
+//! the leaf. During a long job an [`Identity`] is [renewed](Identity::renew) in place: new connections use the
+//! new leaf, existing ones go on.
+//!
 //! This module refuses to verify a peer: that is the work of rustls and webpki, set up in
 //! [`quic`](crate::quic). There is no revocation; leaves are short-lived instead.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
+use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1, UnparsedPublicKey};
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyPair, KeyUsagePurpose, SanType,
+    KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SignatureAlgorithm, SigningKey,
 };
+use rustls::SignatureScheme;
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls::sign::CertifiedKey;
+use serde::{Deserialize, Serialize};
 
 use crate::Error;
 
@@ -40,20 +48,43 @@ const NAME_LIMIT: usize = 63;
 pub struct JobAuthority {
     job: String,
     issuer: Issuer<'static, KeyPair>,
-    certificate_pem: String,
+    certificate: CertificateDer<'static>,
 }
 
 /// Who a member is: its name, the leaf that proves it, and the authority its peers must be of.
 ///
-/// Holds the private key. Cheap to clone.
+/// Holds the private key. Cheap to clone; clones are renewed together.
 #[derive(Clone)]
 pub struct Identity {
     job: String,
     member: String,
-    leaf: CertificateDer<'static>,
     authority: CertificateDer<'static>,
+    current: Arc<RwLock<Current>>,
+}
+
+/// The part of an identity that is replaced when it is renewed.
+#[derive(Clone)]
+struct Current {
     key: Arc<PrivateKeyDer<'static>>,
-    bundle_pem: Arc<str>,
+    /// The leaf and the same key, as rustls takes them.
+    certified: Arc<CertifiedKey>,
+}
+
+/// A new key of a member whose authority is elsewhere. Holds the private key.
+pub struct KeyRequest {
+    member: String,
+    key: KeyPair,
+}
+
+/// Asks an authority to certify a key for a member. Signed with the key itself, so that nobody gets a leaf
+/// for somebody else's key.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CertificateRequest {
+    member: String,
+    /// An uncompressed point of P-256.
+    public_key: Vec<u8>,
+    /// ECDSA with SHA-256 over [`requested`].
+    signature: Vec<u8>,
 }
 
 /// The job and member that a leaf names.
@@ -80,8 +111,8 @@ impl JobAuthority {
         // and not as "bad signature", also when both jobs have the same name.
         let key_hash: String = params.key_identifier(&key).iter().map(|byte| format!("{byte:02x}")).collect();
         params.distinguished_name = common_name(&format!("Paceline job {job} {}", &key_hash[..16]));
-        let certificate_pem = params.self_signed(&key).map_err(unusable)?.pem();
-        Ok(Self { job: job.to_owned(), issuer: Issuer::new(params, key), certificate_pem })
+        let certificate = params.self_signed(&key).map_err(unusable)?.into();
+        Ok(Self { job: job.to_owned(), issuer: Issuer::new(params, key), certificate })
     }
 
     /// The job's name.
@@ -104,8 +135,42 @@ impl JobAuthority {
     /// # Errors
     /// As [`issue`](JobAuthority::issue).
     pub fn issue_at(&self, member: &str, now: SystemTime, valid_for: Duration) -> Result<Identity, Error> {
+        let request = KeyRequest::new(member)?;
+        let leaf = self.leaf(member, &request.key, now, valid_for)?;
+        request.into_identity(leaf, self.certificate.clone())
+    }
+
+    /// Certifies a key that was made elsewhere, from `now` (and a few minutes before) for `valid_for`. Of the
+    /// request only the member's name and the key count; whether it may have them is for the caller to say.
+    ///
+    /// # Errors
+    /// [`Error::Identity`] when the name is no member's or the request is not signed with its key.
+    pub fn certify(
+        &self,
+        request: &CertificateRequest,
+        now: SystemTime,
+        valid_for: Duration,
+    ) -> Result<CertificateDer<'static>, Error> {
+        let CertificateRequest { member, public_key, signature } = request;
         check_name("member", member)?;
-        let key = KeyPair::generate().map_err(unusable)?;
+        let key = UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, public_key);
+        let signed = key.verify(&requested(member, public_key), signature);
+        signed.map_err(|_| unusable(format!("the request of {member} is not signed with its key")))?;
+        self.leaf(member, &PublicKey(public_key), now, valid_for)
+    }
+
+    /// The authority's own certificate.
+    pub(crate) fn certificate(&self) -> CertificateDer<'static> {
+        self.certificate.clone()
+    }
+
+    fn leaf(
+        &self,
+        member: &str,
+        key: &impl PublicKeyData,
+        now: SystemTime,
+        valid_for: Duration,
+    ) -> Result<CertificateDer<'static>, Error> {
         let mut params = validity(now, valid_for);
         params.distinguished_name = common_name(member);
         params.subject_alt_names = vec![
@@ -116,41 +181,144 @@ impl JobAuthority {
         params.extended_key_usages =
             vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
         params.use_authority_key_identifier_extension = true;
-        let leaf_pem = params.signed_by(&key, &self.issuer).map_err(unusable)?.pem();
-        Identity::from_pem(&format!("{}{leaf_pem}{}", key.serialize_pem(), self.certificate_pem))
+        Ok(params.signed_by(key, &self.issuer).map_err(unusable)?.into())
+    }
+}
+
+impl KeyRequest {
+    /// Makes an ECDSA P-256 key for `member`.
+    ///
+    /// # Errors
+    /// [`Error::Identity`] when the name is not 1 to 63 of `a-z`, `0-9` and `-`, without a `-` at either end.
+    pub fn new(member: &str) -> Result<Self, Error> {
+        check_name("member", member)?;
+        Ok(Self { member: member.to_owned(), key: KeyPair::generate().map_err(unusable)? })
+    }
+
+    /// What is sent to the authority.
+    ///
+    /// # Errors
+    /// [`Error::Identity`] when the key cannot sign.
+    pub fn request(&self) -> Result<CertificateRequest, Error> {
+        let public_key = self.key.der_bytes().to_vec();
+        let signature = self.key.sign(&requested(&self.member, &public_key)).map_err(unusable)?;
+        Ok(CertificateRequest { member: self.member.clone(), public_key, signature })
+    }
+
+    /// The identity, with the leaf and the authority's certificate that came back.
+    ///
+    /// # Errors
+    /// [`Error::Identity`] when the leaf is not of this key or names no member.
+    pub fn into_identity(
+        self,
+        leaf: CertificateDer<'static>,
+        authority: CertificateDer<'static>,
+    ) -> Result<Identity, Error> {
+        let key = PrivatePkcs8KeyDer::from(self.key.serialize_der());
+        Identity::new(key.into(), vec![leaf], authority)
+    }
+}
+
+impl CertificateRequest {
+    /// The member that the key is to be certified for, as it was written: not a valid name before
+    /// [`JobAuthority::certify`] has said so.
+    pub fn member(&self) -> &str {
+        &self.member
+    }
+}
+
+#[cfg(test)]
+impl CertificateRequest {
+    /// The same key and signature with another name.
+    pub(crate) fn for_another_member(self, member: &str) -> Self {
+        Self { member: member.to_owned(), ..self }
+    }
+}
+
+/// What a [`CertificateRequest`] signs.
+fn requested(member: &str, public_key: &[u8]) -> Vec<u8> {
+    [b"paceline certificate request 1\0", member.as_bytes(), b"\0", public_key].concat()
+}
+
+/// A P-256 key of which only the public half is here.
+struct PublicKey<'a>(&'a [u8]);
+
+impl PublicKeyData for PublicKey<'_> {
+    fn der_bytes(&self) -> &[u8] {
+        self.0
+    }
+
+    fn algorithm(&self) -> &'static SignatureAlgorithm {
+        &rcgen::PKCS_ECDSA_P256_SHA256
     }
 }
 
 impl Identity {
-    /// Reads an identity from one PEM text with the private key, the leaf and the authority's
-    /// certificate, the leaf before the authority. Job and member are read from the leaf.
+    /// Reads an identity from one PEM text with the private key, the leaf, certificates between it and the
+    /// authority if there are any, and last the authority's certificate. Job and member are read from the leaf.
     ///
     /// An expired leaf is accepted here; peers will refuse it.
     ///
     /// # Errors
-    /// [`Error::Identity`] when one of the three is missing or malformed, when there is more, or when the
-    /// key is not the leaf's.
+    /// [`Error::Identity`] when a part is missing or malformed, when there are two authorities, or when the key is
+    /// not the leaf's.
     pub fn from_pem(bundle: &str) -> Result<Self, Error> {
-        let certificates: Vec<_> = CertificateDer::pem_slice_iter(bundle.as_bytes())
+        let mut chain: Vec<_> = CertificateDer::pem_slice_iter(bundle.as_bytes())
             .collect::<Result<_, _>>()
             .map_err(|error| unusable(format!("malformed PEM: {error}")))?;
-        let [leaf, authority]: [CertificateDer<'static>; 2] = certificates.try_into().map_err(|found| {
-            let found: Vec<CertificateDer<'_>> = found;
-            unusable(format!("expected the leaf and the authority, found {} certificates", found.len()))
+        let found = chain.len();
+        let authority = chain.pop().filter(|_| found >= 2).ok_or_else(|| {
+            unusable(format!("expected the leaf and the authority, found {found} certificates"))
         })?;
         let key = PrivateKeyDer::from_pem_slice(bundle.as_bytes())
             .map_err(|error| unusable(format!("no usable private key: {error}")))?;
+        Self::new(key, chain, authority)
+    }
+
+    /// `chain` begins with the leaf.
+    fn new(
+        key: PrivateKeyDer<'static>,
+        chain: Vec<CertificateDer<'static>>,
+        authority: CertificateDer<'static>,
+    ) -> Result<Self, Error> {
         let provider = rustls::crypto::aws_lc_rs::default_provider();
-        rustls::sign::CertifiedKey::from_der(vec![leaf.clone()], key.clone_key(), &provider)
+        let certified = CertifiedKey::from_der(chain, key.clone_key(), &provider)
             .map_err(|error| unusable(format!("the key and the certificate do not fit: {error}")))?;
-        let MemberName { job, member } = MemberName::of(&leaf).map_err(unusable)?;
-        Ok(Self { job, member, leaf, authority, key: Arc::new(key), bundle_pem: bundle.into() })
+        let leaf = certified.end_entity_cert().map_err(unusable)?;
+        let MemberName { job, member } = MemberName::of(leaf).map_err(unusable)?;
+        let current = Current { key: Arc::new(key), certified: Arc::new(certified) };
+        Ok(Self { job, member, authority, current: Arc::new(RwLock::new(current)) })
+    }
+
+    /// Takes over the key and the leaf of `fresh`, here and in all clones: endpoints made with this identity
+    /// show the new leaf from their next handshake on. Connections go on.
+    ///
+    /// # Errors
+    /// [`Error::Identity`] when `fresh` is another member's or of another authority; then nothing has changed.
+    pub fn renew(&self, fresh: &Identity) -> Result<(), Error> {
+        if (&fresh.job, &fresh.member, &fresh.authority) != (&self.job, &self.member, &self.authority) {
+            return Err(unusable(format!(
+                "{} of {} cannot be renewed as {} of {}, or by another authority",
+                self.member, self.job, fresh.member, fresh.job
+            )));
+        }
+        let fresh = fresh.current();
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = fresh;
+        Ok(())
     }
 
     /// The PEM text that [`from_pem`](Identity::from_pem) reads. It contains the private key: write it
     /// to a file only its owner can read.
     pub fn to_pem(&self) -> String {
-        self.bundle_pem.to_string()
+        let Current { key, certified } = self.current();
+        let certificates = certified.cert.iter().chain([&self.authority]);
+        let certificates = certificates.map(|certificate| pem("CERTIFICATE", certificate));
+        let label = match &*key {
+            PrivateKeyDer::Pkcs1(_) => "RSA PRIVATE KEY",
+            PrivateKeyDer::Sec1(_) => "EC PRIVATE KEY",
+            _ => "PRIVATE KEY",
+        };
+        std::iter::once(pem(label, key.secret_der())).chain(certificates).collect()
     }
 
     /// The job's name.
@@ -168,16 +336,38 @@ impl Identity {
         dns_name(&self.job, member)
     }
 
-    pub(crate) fn leaf(&self) -> CertificateDer<'static> {
-        self.leaf.clone()
-    }
-
     pub(crate) fn authority(&self) -> CertificateDer<'static> {
         self.authority.clone()
     }
 
-    pub(crate) fn key(&self) -> PrivateKeyDer<'static> {
-        self.key.clone_key()
+    /// For rustls: the leaf and key of the moment of each handshake.
+    pub(crate) fn resolver(&self) -> Arc<CurrentLeaf> {
+        Arc::new(CurrentLeaf(self.clone()))
+    }
+
+    fn current(&self) -> Current {
+        // Replaced whole.
+        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// Shows an identity's leaf of the moment in every handshake, on either side.
+#[derive(Debug)]
+pub(crate) struct CurrentLeaf(Identity);
+
+impl rustls::client::ResolvesClientCert for CurrentLeaf {
+    fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        Some(self.0.current().certified)
+    }
+
+    fn has_certs(&self) -> bool {
+        true
+    }
+}
+
+impl rustls::server::ResolvesServerCert for CurrentLeaf {
+    fn resolve(&self, _: rustls::server::ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.0.current().certified)
     }
 }
 
@@ -201,6 +391,12 @@ impl fmt::Debug for JobAuthority {
     }
 }
 
+impl fmt::Debug for KeyRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KeyRequest").field("member", &self.member).finish_non_exhaustive()
+    }
+}
+
 impl fmt::Debug for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Identity")
@@ -209,6 +405,12 @@ impl fmt::Debug for Identity {
             .field("key", &"<redacted>")
             .finish_non_exhaustive()
     }
+}
+
+/// One PEM block (RFC 7468).
+fn pem(label: &str, der: &[u8]) -> String {
+    let config = pem::EncodeConfig::new().set_line_ending(pem::LineEnding::LF);
+    pem::encode_config(&pem::Pem::new(label, der), config)
 }
 
 fn dns_name(job: &str, member: &str) -> String {
@@ -267,6 +469,10 @@ mod tests {
 
     const HOUR: Duration = Duration::from_secs(3600);
 
+    fn leaf(identity: &Identity) -> CertificateDer<'static> {
+        identity.current().certified.cert[0].clone()
+    }
+
     fn identity(job: &str, member: &str) -> Identity {
         let authority = JobAuthority::new(job).expect("a valid job name");
         authority.issue(member, HOUR).expect("a valid member name")
@@ -280,15 +486,15 @@ mod tests {
             assert_eq!((identity.job(), identity.member()), ("job-7", "worker-0"));
             assert_eq!(identity.server_name("worker-1"), "worker-1.job-7.paceline.internal");
         }
-        assert_eq!(read.leaf(), original.leaf());
+        assert_eq!(leaf(&read), leaf(&original));
         assert_eq!(read.authority(), original.authority());
-        assert_eq!(read.key(), original.key());
+        assert_eq!(read.current().key, original.current().key);
     }
 
     #[test]
     fn the_leaf_is_valid_for_its_dns_name_and_no_other() {
         let identity = identity("job", "worker-0");
-        let leaf = identity.leaf();
+        let leaf = leaf(&identity);
         let leaf = webpki::EndEntityCert::try_from(&leaf).expect("a certificate");
         let valid_for = |name: &str| {
             let name = name.to_owned().try_into().expect("a DNS name");
@@ -318,6 +524,29 @@ mod tests {
         let text = format!("{identity:?}");
         assert!(text.contains("worker-0") && text.contains("redacted"), "{text}");
         assert!(!text.contains("PRIVATE") && text.len() < 120, "{text}");
+    }
+
+    #[test]
+    fn a_key_is_certified_where_its_request_is_signed_with_it() {
+        let authority = JobAuthority::new("job").expect("a valid job name");
+        let key = KeyRequest::new("worker-1").expect("a valid member name");
+        let request = key.request().expect("a signature");
+        let certify = |request: &CertificateRequest| authority.certify(request, SystemTime::now(), HOUR);
+        let leaf = certify(&request).expect("signed");
+        let identity = key.into_identity(leaf.clone(), authority.certificate()).expect("they fit");
+        assert_eq!((identity.job(), identity.member()), ("job", "worker-1"));
+        assert_eq!(Identity::from_pem(&identity.to_pem()).expect("readable").member(), "worker-1");
+        let another = KeyRequest::new("worker-1").expect("a valid member name");
+        assert!(another.into_identity(leaf, authority.certificate()).is_err(), "another key");
+        for wrong in [
+            CertificateRequest { member: "worker-2".to_owned(), ..request.clone() },
+            CertificateRequest { member: "../x".to_owned(), ..request.clone() },
+            CertificateRequest { signature: Vec::new(), ..request.clone() },
+            CertificateRequest { public_key: vec![4; 65], ..request.clone() },
+            CertificateRequest { public_key: Vec::new(), ..request },
+        ] {
+            assert!(certify(&wrong).is_err(), "{wrong:?}");
+        }
     }
 
     #[test]

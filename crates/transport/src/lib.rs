@@ -14,10 +14,13 @@
 //! | [`tls`] | ranks as processes, over TCP with mutual TLS |
 //! | [`fabric`] | which of both the ranks of several hosts use |
 //! | [`shm`] | ranks of one host, through memory that they share |
+//! | [`boot`] | how the nodes of a job that share a secret get their certificates |
+//! | [`secret`] | that secret, and the keys derived from it |
 //! | [`identity`] | the job's certificate authority and its members' identities |
 //! | [`frame`] | the data-plane header, written by hand, and partial sends and receives of frames |
 //! | [`wire`] | control messages: the only file that knows bincode |
 
+pub mod boot;
 mod close;
 mod control_lane;
 mod credentials;
@@ -31,6 +34,7 @@ pub mod mem;
 mod mesh;
 pub mod park;
 pub mod quic;
+pub mod secret;
 pub mod shm;
 pub mod tls;
 pub mod wire;

@@ -1,13 +1,13 @@
 //! Which threads wake up for packets. Alone in its process, all of whose threads it counts.
 
-mod quic_common;
+mod common;
 
 use std::io::IoSlice;
 use std::thread;
 
+use common::*;
 use paceline_transport::Transport;
 use paceline_transport::quic::QuicTransport;
-use quic_common::*;
 
 /// How often the threads called "paceline-io" of this process have gone to sleep.
 fn io_sleeps() -> u64 {

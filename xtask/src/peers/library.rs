@@ -47,10 +47,8 @@ pub struct Fabric {
     title: &'static str,
 }
 
-pub const FABRICS: &[Fabric] = &[
-    Fabric { variable: "quic", title: "Paceline QUIC" },
-    Fabric { variable: "tls", title: "Paceline TLS" },
-];
+pub const FABRICS: &[Fabric] =
+    &[Fabric { variable: "quic", title: "Paceline QUIC" }, Fabric { variable: "tls", title: "Paceline TLS" }];
 
 impl Fabric {
     pub fn title(self) -> &'static str {

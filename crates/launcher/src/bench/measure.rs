@@ -238,10 +238,11 @@ mod tests {
 
     use super::*;
     use crate::bench::collective::Collective;
-    use crate::cli::{Request, parse};
+    use crate::cli::{Request, Variables, parse};
 
     fn args(line: &str) -> BenchArgs {
-        match parse(format!("paceline bench {line}").split_whitespace().map(Into::into), None) {
+        match parse(format!("paceline bench {line}").split_whitespace().map(Into::into), Variables::default())
+        {
             Ok(Request::Bench(args)) => args,
             other => panic!("{line}: {other:?}"),
         }

@@ -39,7 +39,7 @@ use self::machine::Machine;
 use self::rank::Message;
 use self::report::{Collector, Row, Run};
 use crate::binding::Binding;
-use crate::cli::{Endpoint, RunArgs};
+use crate::cli::{CERTIFICATE_LIFE, Endpoint, RunArgs};
 use crate::console::{Console, Stream};
 use crate::error::Error;
 use crate::run;
@@ -142,6 +142,9 @@ fn job(args: &BenchArgs, ranks: u32, inbox: &Inbox) -> Result<RunArgs, Error> {
     let local = Endpoint { host: "127.0.0.1".to_owned(), port: 0 };
     Ok(RunArgs {
         ranks,
+        nodes: None,
+        identity: None,
+        certificate_life: CERTIFICATE_LIFE,
         rendezvous: args.rendezvous.clone().unwrap_or(local),
         grace: GRACE,
         timeout: None,

@@ -169,10 +169,11 @@ mod tests {
     use super::*;
     use crate::bench::report::Schedule;
     use crate::bench::report::tests::cell;
-    use crate::cli::{Request, parse};
+    use crate::cli::{Request, Variables, parse};
 
     fn args(line: &str) -> BenchArgs {
-        match parse(format!("paceline bench {line}").split_whitespace().map(Into::into), None) {
+        match parse(format!("paceline bench {line}").split_whitespace().map(Into::into), Variables::default())
+        {
             Ok(Request::Bench(args)) => args,
             other => panic!("{line}: {other:?}"),
         }

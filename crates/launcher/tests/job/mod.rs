@@ -62,6 +62,18 @@ impl Job {
         args: &[&str],
     ) -> Self {
         command.args(["run", "-n", &ranks.to_string()]).args(flags).arg("--").args(rank_words);
+        Self::spawn(command, part, args)
+    }
+
+    /// Starts `paceline run flags -- this executable as the part`, with these variables.
+    pub fn launch(flags: &[&str], variables: &[(&str, &str)], part: &str, args: &[&str]) -> Self {
+        let mut command = Command::new(PACELINE);
+        command.arg("run").args(flags).arg("--").envs(variables.iter().copied());
+        Self::spawn(command, part, args)
+    }
+
+    /// Starts the command with this executable as the program of its ranks.
+    fn spawn(mut command: Command, part: &str, args: &[&str]) -> Self {
         command.arg(std::env::current_exe().expect("a test has an executable"));
         command.args([AS_RANK, part]).args(args).env("RUST_BACKTRACE", "0");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());

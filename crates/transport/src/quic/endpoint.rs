@@ -24,7 +24,7 @@ use crate::mesh::{self, CONTROL_LIMIT, DataOf, LinkEndpoint};
 
 /// The version of everything that is said after the TLS handshake. Raised when messages change; the
 /// refusal then names both versions.
-const PROTOCOL_VERSION: u16 = 1;
+pub(crate) const PROTOCOL_VERSION: u16 = 1;
 
 /// How long a handshake may take, hello and welcome included: ten times a slow one across continents.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);

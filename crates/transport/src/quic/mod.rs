@@ -38,6 +38,7 @@ mod transport;
 
 pub use connection::{Connection, MessageReceiver, MessageSender};
 pub use endpoint::Endpoint;
+pub(crate) use endpoint::PROTOCOL_VERSION;
 pub use settings::{Profile, Settings};
 pub use transport::QuicTransport;
 

@@ -5,8 +5,9 @@
 //! milliseconds, and those of somebody who never finishes them are the old ones.
 
 use std::collections::{HashMap, VecDeque};
+use std::fmt;
 use std::net::{SocketAddr, TcpListener as StdTcpListener};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::net::sockopt;
@@ -20,6 +21,7 @@ use tokio::time::{sleep, timeout};
 
 use super::connection::{Connection, Stream, gone};
 use super::data::DataStream;
+use super::first_message;
 use super::session::{Fault, Session, Socket};
 use crate::close::CloseCode;
 use crate::control_lane::{LinkConnection, MessageIn, MessageOut};
@@ -99,6 +101,7 @@ struct Shared {
     local_addr: SocketAddr,
     accepted: tokio::sync::Mutex<mpsc::Receiver<Connection>>,
     expected: Arc<Expected>,
+    reception: Arc<Reception>,
     _acceptor: Task<()>,
 }
 
@@ -142,8 +145,12 @@ struct BringData {
     ticket: Ticket,
 }
 
+/// Another service on the port: the protocol by which it is told apart, and where its clients go.
+type Diversion = (&'static [u8], mpsc::Sender<(TcpStream, SocketAddr)>);
+
 /// What the handshakes of an endpoint share.
 struct Reception {
+    diversion: OnceLock<Diversion>,
     server: Arc<ServerConfig>,
     job: String,
     accepted: mpsc::Sender<Connection>,
@@ -252,6 +259,7 @@ impl Endpoint {
         let (sender, accepted) = mpsc::channel(ACCEPTED_LIMIT);
         let expected = Arc::new(Expected::default());
         let reception = Arc::new(Reception {
+            diversion: OnceLock::new(),
             server,
             job: identity.job().to_owned(),
             accepted: sender,
@@ -259,8 +267,22 @@ impl Endpoint {
             warnings: Mutex::new(Warnings { second: Instant::now(), said: 0, unsaid: 0 }),
         });
         let accepted = tokio::sync::Mutex::new(accepted);
-        let _acceptor = io.task(accept_all(listener, reception));
-        Ok(Self { dialler, shared: Arc::new(Shared { local_addr, accepted, expected, _acceptor }) })
+        let _acceptor = io.task(accept_all(listener, reception.clone()));
+        let shared = Shared { local_addr, accepted, expected, reception, _acceptor };
+        Ok(Self { dialler, shared: Arc::new(shared) })
+    }
+
+    /// Hands clients whose first message asks for `protocol` on as they have come, instead of serving them.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when this has been done already.
+    pub(crate) fn divert(
+        &self,
+        protocol: &'static [u8],
+        to: mpsc::Sender<(TcpStream, SocketAddr)>,
+    ) -> Result<(), Error> {
+        let diverted = self.shared.reception.diversion.set((protocol, to));
+        diverted.map_err(|_| Error::Usage { reason: "another service has this port's diversion".to_owned() })
     }
 
     /// The address it listens on, with the port that was chosen.
@@ -473,6 +495,12 @@ async fn let_in(tcp: TcpStream, remote: SocketAddr, reception: Arc<Reception>) {
 }
 
 async fn welcome(tcp: TcpStream, remote: SocketAddr, reception: &Reception) -> Result<(), String> {
+    if let Some((protocol, to)) = reception.diversion.get()
+        && first_message::asks_for(&tcp, protocol).await
+    {
+        // Whoever serves them may have ended; the client sees the connection close.
+        return to.send((tcp, remote)).await.map_err(|_| "nobody serves its protocol any more".to_owned());
+    }
     prepare(&tcp).map_err(|error| error.to_string())?;
     let mut session = Session::server(reception.server.clone()).map_err(|fault| fault.in_words())?;
     if let Err(fault) = shake_hands(&tcp, &mut session).await {
@@ -570,6 +598,12 @@ impl Reception {
             Some(unsaid) => tracing::warn!(%remote, reason, unsaid, "refused a connection"),
             None => {}
         }
+    }
+}
+
+impl fmt::Debug for Reception {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reception").field("job", &self.job).finish_non_exhaustive()
     }
 }
 

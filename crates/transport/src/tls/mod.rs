@@ -15,6 +15,7 @@
 //! | `session` | rustls on a socket that never blocks |
 //! | `connection` | an authenticated connection and its message lane |
 //! | `endpoint` | dialling and accepting; who is let in; which data connection is whose |
+//! | `first_message` | which of two services on a port a client wants |
 //! | `data` | the data connection of a link, shared by the caller and the I/O thread |
 //! | `waiting` | spinning, parking on sockets, and the waker |
 //! | `transport` | the links as a [`Transport`](crate::Transport) |
@@ -29,6 +30,7 @@
 mod connection;
 mod data;
 mod endpoint;
+mod first_message;
 mod session;
 mod transport;
 mod waiting;

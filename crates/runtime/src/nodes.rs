@@ -1,0 +1,785 @@
+//! The launchers of a job of several nodes: who may come, what they tell each other, whose failure it was.
+//!
+//! Launcher 0 serves the rendezvous; every other launcher stays connected to it for as long as it has ranks.
+//! Ranks start when all launchers are there, so that a node that does not come is one line and not a hundred.
+//!
+//! ```text
+//! launcher of node 2                        launcher 0
+//! Attend{claim}                 ─────▶
+//!                               ◀─────  Waiting{missing}
+//! Beat                          ─────▶
+//!                               ◀─────  Start | Refused{reason}
+//! Died{rank, …} | Exited{rank}  ─────▶  told to all workers and launchers
+//!                               ◀─────  Failed{failure}     the first of the job, wherever it was
+//! Ended                         ─────▶  no rank runs here any more
+//!                               ◀─────  Verdict{cause}      what the job failed of, if it has
+//! Beat                          ◀────▶  every half second; silence for 5 s is a loss
+//! ```
+//! What is decided is decided in [`Seats`] and [`Causes`], which have neither clock nor network.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use paceline_transport::IoHandle;
+use paceline_transport::boot::{Claim, Verdict};
+use paceline_transport::tls::{Connection, Dialler, MessageReceiver, MessageSender};
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+use crate::Error;
+use crate::rendezvous::{LAUNCHER, dial, worker};
+
+/// How often launchers tell each other that they are alive, and how long one may be silent. A launcher is
+/// not where the work is; a machine so busy that it says nothing for 5 s trains nothing either.
+pub(crate) const BEAT: Duration = Duration::from_millis(500);
+pub(crate) const SILENCE: Duration = Duration::from_secs(5);
+
+/// How long a node that has its certificates may take to attend.
+const PROMISE: Duration = Duration::from_secs(10);
+
+/// The exit code of a job that has lost a launcher, and with it a machine or a pod: 128 + SIGUSR1, which
+/// the training operators take for "start again" in all their versions.
+pub const LOST_NODE: u8 = 138;
+
+/// The member name of the launcher of a node.
+pub fn launcher(node: usize) -> String {
+    format!("launcher-{node}")
+}
+
+pub(crate) fn node_of(member: &str) -> Option<u32> {
+    member.strip_prefix("launcher-")?.parse().ok()
+}
+
+/// How the ranks are spread: node n has the ranks from n × ranks per node on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// How many nodes, at least one.
+    pub nodes: usize,
+    /// How many ranks on each, at least one.
+    pub ranks_per_node: usize,
+}
+
+impl Layout {
+    /// The ranks of one host.
+    pub fn one_host(ranks: usize) -> Self {
+        Self { nodes: 1, ranks_per_node: ranks }
+    }
+
+    /// The number of ranks.
+    pub fn world_size(self) -> usize {
+        self.nodes * self.ranks_per_node
+    }
+
+    /// The ranks of a node.
+    pub fn ranks(self, node: usize) -> std::ops::Range<usize> {
+        node * self.ranks_per_node..(node + 1) * self.ranks_per_node
+    }
+
+    pub(crate) fn node_of(self, rank: usize) -> usize {
+        rank / self.ranks_per_node
+    }
+}
+
+/// What made a job fail.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// Where it was.
+    pub node: u32,
+    /// The rank that failed; none when the launcher of the node was lost.
+    pub rank: Option<u32>,
+    /// How, as the end of a sentence: `exited with code 3`.
+    pub cause: String,
+    /// The exit code of the job on that account.
+    pub exit_code: u8,
+}
+
+impl Failure {
+    /// With another launcher's words made fit for one line.
+    fn quoted(self) -> Self {
+        Self { cause: quote(&self.cause), ..self }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { node, rank, cause, .. } = self;
+        match rank {
+            Some(rank) => write!(f, "rank {rank} on node {node} {cause}"),
+            None => write!(f, "the launcher of node {node} {cause}"),
+        }
+    }
+}
+
+/// From a launcher to launcher 0.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Report {
+    Attend(Claim),
+    Died { rank: u32, cause: String, exit_code: u8, by_itself: bool },
+    Exited { rank: u32 },
+    Ended,
+    Beat,
+}
+
+/// From launcher 0 to another launcher.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Order {
+    Waiting { missing: Vec<u32> },
+    Start,
+    Refused { reason: String },
+    Failed(Failure),
+    Verdict { cause: Option<Failure> },
+    Beat,
+}
+
+/// The longest cause that is passed on, in bytes; ours have a tenth.
+const CAUSE_LIMIT: usize = 500;
+
+/// The words of another launcher, made fit for one line.
+pub(crate) fn quote(cause: &str) -> String {
+    cause.chars().take(CAUSE_LIMIT).map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+/// The places of the launchers other than launcher 0, which has node 0.
+#[derive(Debug)]
+pub(crate) struct Seats {
+    layout: Layout,
+    seats: BTreeMap<u32, Seat>,
+    /// Since when all have come.
+    complete: Option<Instant>,
+    started: bool,
+}
+
+#[derive(Debug)]
+struct Seat {
+    incarnation: u128,
+    remote: SocketAddr,
+    presence: Presence,
+    /// When it last said something.
+    heard: Instant,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Presence {
+    /// It has certificates and is expected until then.
+    Promised(Instant),
+    Attending,
+    /// All of its ranks have ended, and it may go.
+    Ended,
+    Lost,
+}
+
+impl Seats {
+    pub(crate) fn new(layout: Layout) -> Self {
+        Self { layout, seats: BTreeMap::new(), complete: None, started: layout.nodes == 1 }
+    }
+
+    /// Decides about a node that knows the secret.
+    pub(crate) fn admit(&mut self, claim: &Claim, remote: SocketAddr, now: Instant) -> Verdict {
+        let &Claim { node, nodes, ranks_per_node, incarnation } = claim;
+        let refused = |reason: String| Verdict::Refused(reason);
+        if nodes as usize != self.layout.nodes {
+            return refused(format!(
+                "node 0 was started with --nnodes {} and node {node} with {nodes}",
+                self.layout.nodes
+            ));
+        }
+        if ranks_per_node as usize != self.layout.ranks_per_node {
+            return refused(format!(
+                "node 0 was started with --nproc-per-node {} and node {node} with {ranks_per_node}",
+                self.layout.ranks_per_node
+            ));
+        }
+        if node == 0 || node >= nodes {
+            return refused(format!("there is no place for node {node}; the others are 1 to {}", nodes - 1));
+        }
+        match self.seats.get(&node) {
+            Some(seat) if seat.incarnation == incarnation => match seat.presence {
+                // Renewing.
+                Presence::Attending | Presence::Promised(_) => return Verdict::Admitted,
+                Presence::Ended | Presence::Lost => {
+                    return refused(format!("node {node} has ended"));
+                }
+            },
+            Some(seat) => match seat.presence {
+                Presence::Promised(until) if until <= now => {}
+                Presence::Lost if !self.started => {}
+                Presence::Promised(_) | Presence::Attending => {
+                    let holder = seat.remote.ip();
+                    return Verdict::NotNow(format!("node {node} is taken by a live launcher at {holder}"));
+                }
+                Presence::Ended | Presence::Lost => {
+                    return refused(format!("node {node} of this job has ended; start the whole job again"));
+                }
+            },
+            None => {}
+        }
+        let presence = Presence::Promised(now + PROMISE);
+        self.seats.insert(node, Seat { incarnation, remote, presence, heard: now });
+        Verdict::Admitted
+    }
+
+    /// Whether the member belongs to the node of this claim.
+    pub(crate) fn may_certify(&self, claim: &Claim, member: &str) -> bool {
+        let node = claim.node as usize;
+        let holds = self.seats.get(&claim.node).is_some_and(|seat| seat.incarnation == claim.incarnation);
+        holds && (member == launcher(node) || self.layout.ranks(node).any(|rank| member == worker(rank)))
+    }
+
+    /// The launcher of `node` has come, with a certificate that says so. Where it did not get that from us, its
+    /// claim is decided about now.
+    pub(crate) fn attend(
+        &mut self,
+        node: u32,
+        claim: &Claim,
+        remote: SocketAddr,
+        now: Instant,
+    ) -> Result<(), String> {
+        if claim.node != node {
+            return Err(format!("the launcher of node {node} may not come as that of node {}", claim.node));
+        }
+        match self.admit(claim, remote, now) {
+            Verdict::Admitted => {}
+            Verdict::Refused(reason) | Verdict::NotNow(reason) => return Err(reason),
+        }
+        let incarnation = claim.incarnation;
+        match self.seats.get_mut(&node) {
+            Some(seat) if seat.incarnation == incarnation => match seat.presence {
+                Presence::Promised(until) if now < until || !self.started => {
+                    seat.presence = Presence::Attending;
+                    seat.heard = now;
+                    Ok(())
+                }
+                _ => Err(format!("node {node} has come before")),
+            },
+            _ => Err(format!("node {node} is another launcher's")),
+        }
+    }
+
+    /// The launcher of a node has said something. Says whether the job still has to start.
+    pub(crate) fn heard(&mut self, node: u32, now: Instant) -> bool {
+        if let Some(seat) = self.seats.get_mut(&node) {
+            seat.heard = now;
+        }
+        !self.started
+    }
+
+    /// All ranks of a node have ended.
+    pub(crate) fn ended(&mut self, node: u32) {
+        self.set(node, Presence::Ended);
+    }
+
+    /// The connection of a launcher has ended. Says whether that is a loss: it was needed still.
+    pub(crate) fn disconnected(&mut self, node: u32) -> bool {
+        let was = self.seats.get(&node).map(|seat| seat.presence);
+        if was == Some(Presence::Attending) {
+            self.set(node, Presence::Lost);
+        }
+        was == Some(Presence::Attending) && self.started
+    }
+
+    fn set(&mut self, node: u32, presence: Presence) {
+        if let Some(seat) = self.seats.get_mut(&node) {
+            seat.presence = presence;
+        }
+    }
+
+    /// The nodes that have not come.
+    pub(crate) fn missing(&self) -> Vec<u32> {
+        let came = |node: &u32| self.seats.get(node).is_some_and(|seat| seat.presence == Presence::Attending);
+        (1..self.layout.nodes as u32).filter(|node| !came(node)).collect()
+    }
+
+    /// Starts the job if all have come and have been heard since: true once. One that has died since it came
+    /// and is not missed yet would be the end of the job, while before the start it may come again.
+    pub(crate) fn start(&mut self, now: Instant) -> bool {
+        if self.started || !self.missing().is_empty() {
+            self.complete = None;
+            return false;
+        }
+        let complete = *self.complete.get_or_insert(now);
+        self.started = self.seats.values().all(|seat| seat.heard > complete);
+        self.started
+    }
+
+    /// The nodes other than 0 whose ranks have not ended.
+    pub(crate) fn at_work(&self) -> Vec<u32> {
+        let gone = |seat: &Seat| matches!(seat.presence, Presence::Ended | Presence::Lost);
+        self.seats.iter().filter(|(_, seat)| !gone(seat)).map(|(node, _)| *node).collect()
+    }
+}
+
+/// Who has failed, and because of whom.
+#[derive(Debug, Default)]
+pub(crate) struct Causes {
+    first: Option<Failure>,
+    /// By rank; those that exited with 0 have no failure.
+    ends: BTreeMap<u32, Option<End>>,
+    /// The first rank that a worker blamed for its own failure, by the worker's rank.
+    blamed: BTreeMap<u32, u32>,
+}
+
+#[derive(Debug)]
+struct End {
+    failure: Failure,
+    /// Not on a signal from its launcher.
+    by_itself: bool,
+}
+
+/// What a job has failed of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Settled {
+    Known(Option<Failure>),
+    /// The best that is known before the end of the rank that is blamed.
+    Open(Failure),
+}
+
+impl Causes {
+    /// A failure without a rank. Says whether it is the first of the job.
+    pub(crate) fn lost(&mut self, failure: Failure) -> bool {
+        let first = self.first.is_none();
+        self.first.get_or_insert(failure);
+        first
+    }
+
+    /// A rank is dead. Says whether it is the first failure of the job.
+    pub(crate) fn died(&mut self, rank: u32, failure: Failure, by_itself: bool) -> bool {
+        self.ends.entry(rank).or_insert(Some(End { failure: failure.clone(), by_itself }));
+        self.lost(failure)
+    }
+
+    /// A rank has exited with code 0.
+    pub(crate) fn exited(&mut self, rank: u32) {
+        self.ends.entry(rank).or_insert(None);
+    }
+
+    pub(crate) fn blames(&mut self, blamer: u32, culprit: u32) {
+        self.blamed.entry(blamer).or_insert(culprit);
+    }
+
+    /// The first failure that was noticed.
+    pub(crate) fn first(&self) -> Option<&Failure> {
+        self.first.as_ref()
+    }
+
+    /// Whose failure it was. Two ranks that end within a moment may be found in either order: the blame is
+    /// followed from the first one to a rank that failed by itself.
+    pub(crate) fn settled(&self) -> Settled {
+        let Some(mut cause) = self.first.as_ref() else { return Settled::Known(None) };
+        // Each step leads to another rank, or stops: a circle of blame ends after one round.
+        for _ in 0..=self.ends.len() {
+            let Some(culprit) = cause.rank.and_then(|rank| self.blamed.get(&rank)) else { break };
+            match self.ends.get(culprit) {
+                Some(Some(end)) if end.by_itself => cause = &end.failure,
+                Some(_) => break,
+                None => return Settled::Open(cause.clone()),
+            }
+        }
+        Settled::Known(Some(cause.clone()))
+    }
+}
+
+/// What is called when there is news for the launcher. Must not block.
+pub type OnChange = Arc<dyn Fn() + Send + Sync>;
+
+/// A launcher's connection to launcher 0.
+pub struct Attendance {
+    reports: UnboundedSender<Report>,
+    heard: Arc<Heard>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+struct Heard {
+    state: Mutex<HeardState>,
+    on_change: OnChange,
+}
+
+#[derive(Default)]
+struct HeardState {
+    failure: Option<Failure>,
+    /// The answer to [`Report::Ended`].
+    verdict: Option<Option<Failure>>,
+}
+
+impl Heard {
+    fn order(&self, order: Order) {
+        match order {
+            Order::Failed(failure) => self.update(|state| {
+                state.failure.get_or_insert(failure.quoted());
+            }),
+            Order::Verdict { cause } => {
+                self.update(|state| state.verdict = Some(cause.map(Failure::quoted)));
+            }
+            Order::Waiting { .. } | Order::Start | Order::Refused { .. } | Order::Beat => {}
+        }
+    }
+
+    fn update(&self, change: impl FnOnce(&mut HeardState)) {
+        change(&mut self.lock());
+        (self.on_change)();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HeardState> {
+        // Fields are replaced whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Attendance {
+    /// Connects to launcher 0 at `server`, says who this is (`claim`), and waits until all nodes have come, until `deadline`. `waiting` is
+    /// called with the nodes that are missing whenever that changes. Blocks.
+    ///
+    /// # Errors
+    /// [`Error::Rendezvous`] with who is missing, or why this launcher was refused.
+    pub fn begin(
+        io: &IoHandle,
+        dialler: Dialler,
+        server: &str,
+        claim: Claim,
+        deadline: Instant,
+        waiting: impl Fn(&[u32]) + Send + 'static,
+        on_change: OnChange,
+    ) -> Result<Self, Error> {
+        let (reports, outgoing) = unbounded_channel();
+        let heard = Arc::new(Heard { state: Mutex::default(), on_change });
+        let lane = io.block_on(attend(dialler, server.to_owned(), claim, deadline, waiting))??;
+        let task = io.spawn(follow(lane, outgoing, heard.clone()));
+        Ok(Self { reports, heard, task })
+    }
+
+    /// Tells all others that a rank of this node is dead. Does not block.
+    pub fn announce_death(&self, rank: usize, cause: &str, exit_code: u8, by_itself: bool) {
+        let (rank, cause) = (rank as u32, cause.to_owned());
+        self.report(Report::Died { rank, cause, exit_code, by_itself });
+    }
+
+    /// Tells all others that a rank of this node has exited with code 0. Does not block.
+    pub fn announce_exit(&self, rank: usize) {
+        self.report(Report::Exited { rank: rank as u32 });
+    }
+
+    /// Says that no rank runs here any more; the [`verdict`](Self::verdict) is the answer. Does not block.
+    pub fn announce_end(&self) {
+        self.report(Report::Ended);
+    }
+
+    /// The first failure of the job, on whichever node, or the loss of launcher 0.
+    pub fn failure(&self) -> Option<Failure> {
+        self.heard.lock().failure.clone()
+    }
+
+    /// What the job has failed of, if it has; `None` before launcher 0 has said so.
+    pub fn verdict(&self) -> Option<Option<Failure>> {
+        self.heard.lock().verdict.clone()
+    }
+
+    fn report(&self, report: Report) {
+        // The task ends with the connection, and then nobody wants to know.
+        let _ = self.reports.send(report);
+    }
+}
+
+impl Drop for Attendance {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+struct Lane {
+    _connection: Connection,
+    sender: MessageSender,
+    receiver: MessageReceiver,
+}
+
+async fn attend(
+    dialler: Dialler,
+    server: String,
+    claim: Claim,
+    deadline: Instant,
+    waiting: impl Fn(&[u32]),
+) -> Result<Lane, Error> {
+    let failed = |reason: String| Error::Rendezvous { endpoint: server.clone(), reason };
+    let connection = dial(&dialler, &server, deadline).await.map_err(&failed)?;
+    let (mut sender, mut receiver) = connection.open_messages().await?;
+    sender.send(&Report::Attend(claim)).await?;
+    let mut beat = tokio::time::interval(BEAT);
+    let mut missing = Vec::new();
+    let mut last = Instant::now();
+    // Launcher 0 gives up first, and says who is missing.
+    let deadline = deadline + SILENCE;
+    loop {
+        let order = tokio::select! {
+            order = receiver.recv::<Order>() => order.map_err(|error| failed(error.to_string()))?,
+            _ = beat.tick() => {
+                if last.elapsed() > SILENCE || Instant::now() > deadline {
+                    return Err(failed(format!("{LAUNCHER} has said nothing for {} s", last.elapsed().as_secs())));
+                }
+                sender.send(&Report::Beat).await?;
+                continue;
+            }
+        };
+        last = Instant::now();
+        match order {
+            Some(Order::Start) => return Ok(Lane { _connection: connection, sender, receiver }),
+            Some(Order::Refused { reason }) => return Err(failed(reason)),
+            Some(Order::Waiting { missing: nodes }) => {
+                // When none is missing, the answer is waited for.
+                sender.send(&Report::Beat).await?;
+                if nodes != missing {
+                    waiting(&nodes);
+                    missing = nodes;
+                }
+            }
+            Some(_) => {}
+            None => return Err(failed(format!("{LAUNCHER} closed the connection"))),
+        }
+    }
+}
+
+/// Keeps the connection to launcher 0 from the start on.
+async fn follow(mut lane: Lane, mut reports: UnboundedReceiver<Report>, heard: Arc<Heard>) {
+    let mut beat = tokio::time::interval(BEAT);
+    let silence = tokio::time::sleep(SILENCE);
+    tokio::pin!(silence);
+    let reason = loop {
+        let sent = tokio::select! {
+            order = lane.receiver.recv::<Order>() => {
+                silence.as_mut().reset((Instant::now() + SILENCE).into());
+                match order {
+                    Ok(Some(order)) => heard.order(order),
+                    Ok(None) => break "it closed the connection".to_owned(),
+                    Err(error) => break reason_of(error),
+                }
+                Ok(())
+            }
+            report = reports.recv() => match report {
+                Some(report) => lane.sender.send(&report).await,
+                None => return,
+            },
+            _ = beat.tick() => lane.sender.send(&Report::Beat).await,
+            () = &mut silence => break format!("it has said nothing for {} s", SILENCE.as_secs()),
+        };
+        if let Err(error) = sent {
+            break reason_of(error);
+        }
+    };
+    heard.update(|state| lost(state, &reason));
+}
+
+/// The reason alone: the address of launcher 0 is known.
+pub(crate) fn reason_of(error: paceline_transport::Error) -> String {
+    match error {
+        paceline_transport::Error::Refused { reason, .. } => reason,
+        error => error.to_string(),
+    }
+}
+
+/// Launcher 0 is lost. If the job had failed before, that stays the reason.
+fn lost(state: &mut HeardState, reason: &str) {
+    if state.verdict.is_some() {
+        return;
+    }
+    let cause = format!("was lost: {}", quote(reason));
+    state.failure.get_or_insert(Failure { node: 0, rank: None, cause, exit_code: LOST_NODE });
+    state.verdict = Some(state.failure.clone());
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const LAYOUT: Layout = Layout { nodes: 3, ranks_per_node: 2 };
+
+    fn claim(node: u32, incarnation: u128) -> Claim {
+        Claim { node, nodes: 3, ranks_per_node: 2, incarnation }
+    }
+
+    fn remote() -> SocketAddr {
+        ([10, 0, 0, 7], 1).into()
+    }
+
+    /// Starts what waits for a sign of life alone.
+    fn start(seats: &mut Seats, now: Instant) {
+        assert!(!seats.start(now));
+        for node in 1..LAYOUT.nodes as u32 {
+            assert!(seats.heard(node, now + BEAT));
+        }
+        assert!(seats.start(now + BEAT));
+    }
+
+    /// Seats in which the nodes attend, each with its number for an incarnation.
+    fn attended(nodes: &[u32], now: Instant) -> Seats {
+        let mut seats = Seats::new(LAYOUT);
+        for &node in nodes {
+            assert_eq!(seats.admit(&claim(node, node.into()), remote(), now), Verdict::Admitted);
+            assert_eq!(seats.attend(node, &claim(node, node.into()), remote(), now), Ok(()));
+        }
+        seats
+    }
+
+    fn refusal(verdict: Verdict) -> String {
+        match verdict {
+            Verdict::Refused(reason) => reason,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_job_starts_once_when_all_nodes_have_come_and_live() {
+        let now = Instant::now();
+        let mut seats = attended(&[2], now);
+        assert_eq!((seats.missing(), seats.start(now)), (vec![1], false));
+        assert_eq!(seats.admit(&claim(1, 1), remote(), now), Verdict::Admitted);
+        assert_eq!(seats.missing(), [1], "a promise is no presence");
+        assert_eq!(seats.attend(1, &claim(1, 1), remote(), now), Ok(()));
+        assert!(!seats.start(now), "nobody has been heard since");
+        let later = now + BEAT;
+        assert!(seats.heard(1, later) && !seats.start(later), "node 2 may be dead");
+        assert!(!seats.disconnected(2) && !seats.start(later), "it was, and may come again");
+        assert_eq!(seats.admit(&claim(2, 9), remote(), later), Verdict::Admitted);
+        assert_eq!(seats.attend(2, &claim(2, 9), remote(), later), Ok(()));
+        assert!(!seats.start(later));
+        let last = later + BEAT;
+        assert!(seats.heard(1, last) && seats.heard(2, last));
+        assert!(seats.start(last) && !seats.start(last));
+        assert!(!seats.heard(1, last));
+        assert_eq!(seats.at_work(), [1, 2]);
+        seats.ended(1);
+        assert_eq!(seats.at_work(), [2]);
+    }
+
+    #[test]
+    fn a_claim_that_does_not_fit_the_job_is_refused_with_both_values() {
+        let mut seats = Seats::new(LAYOUT);
+        let mut admit = |claim: Claim| refusal(seats.admit(&claim, remote(), Instant::now()));
+        assert!(admit(Claim { nodes: 4, ..claim(1, 1) }).contains("--nnodes 3 and node 1 with 4"));
+        let text = admit(Claim { ranks_per_node: 8, ..claim(1, 1) });
+        assert!(text.contains("--nproc-per-node 2 and node 1 with 8"), "{text}");
+        assert!(admit(claim(0, 1)).contains("no place for node 0; the others are 1 to 2"));
+        assert!(admit(claim(3, 1)).contains("no place for node 3"));
+    }
+
+    #[test]
+    fn a_node_is_one_launchers_until_that_is_gone() {
+        let now = Instant::now();
+        let mut seats = attended(&[1], now);
+        let taken = |seats: &mut Seats, now| match seats.admit(&claim(1, 77), remote(), now) {
+            Verdict::NotNow(reason) => reason,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(taken(&mut seats, now), "node 1 is taken by a live launcher at 10.0.0.7");
+        assert_eq!(seats.admit(&claim(1, 1), remote(), now), Verdict::Admitted, "it renews");
+        let attend = |seats: &mut Seats, incarnation| {
+            seats.attend(1, &claim(1, incarnation), remote(), now).expect_err("refused")
+        };
+        assert_eq!(attend(&mut seats, 1), "node 1 has come before");
+        assert_eq!(attend(&mut seats, 77), "node 1 is taken by a live launcher at 10.0.0.7");
+        let other = seats.attend(2, &claim(1, 1), remote(), now).expect_err("refused");
+        assert_eq!(other, "the launcher of node 2 may not come as that of node 1");
+        assert!(!seats.disconnected(1), "no loss before the start");
+        assert_eq!(seats.admit(&claim(1, 77), remote(), now), Verdict::Admitted);
+        assert_eq!(
+            seats.attend(1, &claim(1, 1), remote(), now).expect_err("refused"),
+            "node 1 is taken by a live launcher at 10.0.0.7"
+        );
+        assert!(matches!(seats.admit(&claim(1, 78), remote(), now), Verdict::NotNow(_)));
+    }
+
+    #[test]
+    fn a_promise_that_is_not_kept_ends() {
+        let now = Instant::now();
+        let mut seats = Seats::new(LAYOUT);
+        seats.admit(&claim(1, 1), remote(), now);
+        assert!(matches!(seats.admit(&claim(1, 2), remote(), now), Verdict::NotNow(_)));
+        assert_eq!(seats.admit(&claim(1, 2), remote(), now + PROMISE), Verdict::Admitted);
+    }
+
+    #[test]
+    fn after_the_start_a_launcher_that_goes_is_a_loss_and_has_no_successor() {
+        let now = Instant::now();
+        let mut seats = attended(&[1, 2], now);
+        start(&mut seats, now);
+        seats.ended(2);
+        assert!(!seats.disconnected(2), "it had ended");
+        assert!(seats.disconnected(1));
+        assert!(seats.at_work().is_empty());
+        assert!(refusal(seats.admit(&claim(1, 9), remote(), now)).contains("start the whole job again"));
+        assert!(refusal(seats.admit(&claim(1, 1), remote(), now)).contains("has ended"));
+    }
+
+    #[test]
+    fn a_node_gets_certificates_for_its_own_members_alone() {
+        let seats = attended(&[1], Instant::now());
+        for member in ["launcher-1", "worker-2", "worker-3"] {
+            assert!(seats.may_certify(&claim(1, 1), member), "{member}");
+        }
+        for member in ["launcher-0", "launcher-2", "worker-1", "worker-4", "worker-02", "worker-", ""] {
+            assert!(!seats.may_certify(&claim(1, 1), member), "{member}");
+        }
+        assert!(!seats.may_certify(&claim(1, 2), "worker-2"), "another incarnation");
+        assert!(!seats.may_certify(&claim(2, 2), "worker-4"), "a node that was not admitted");
+    }
+
+    fn failure(rank: u32) -> Failure {
+        let cause = "exited with code 1".to_owned();
+        Failure { node: rank / 2, rank: Some(rank), cause, exit_code: 1 }
+    }
+
+    #[test]
+    fn the_blame_is_followed_across_nodes_to_a_rank_that_failed_by_itself() {
+        let mut causes = Causes::default();
+        assert_eq!(causes.settled(), Settled::Known(None));
+        assert!(causes.died(0, failure(0), true), "the first");
+        causes.blames(0, 3);
+        assert_eq!(causes.settled(), Settled::Open(failure(0)), "rank 3 has not ended");
+        assert!(!causes.died(3, failure(3), true));
+        causes.blames(3, 2);
+        causes.blames(3, 0);
+        causes.died(2, failure(2), false);
+        assert_eq!(causes.settled(), Settled::Known(Some(failure(3))), "rank 2 was told to end");
+        assert_eq!(causes.first(), Some(&failure(0)));
+    }
+
+    #[test]
+    fn a_circle_of_blame_ends_and_a_rank_that_exited_with_0_has_none() {
+        let mut causes = Causes::default();
+        causes.died(0, failure(0), true);
+        causes.died(1, failure(1), true);
+        causes.blames(0, 1);
+        causes.blames(1, 0);
+        assert!(matches!(causes.settled(), Settled::Known(Some(_))));
+        let mut causes = Causes::default();
+        causes.died(0, failure(0), true);
+        causes.exited(1);
+        causes.blames(0, 1);
+        assert_eq!(causes.settled(), Settled::Known(Some(failure(0))));
+    }
+
+    #[test]
+    fn a_lost_launcher_is_a_cause_of_its_own() {
+        let mut causes = Causes::default();
+        let cause = "was lost: it closed the connection".to_owned();
+        let failure = Failure { node: 1, rank: None, cause, exit_code: LOST_NODE };
+        assert!(causes.lost(failure.clone()));
+        causes.died(0, super::tests::failure(0), true);
+        assert_eq!(causes.settled(), Settled::Known(Some(failure.clone())));
+        assert_eq!(failure.to_string(), "the launcher of node 1 was lost: it closed the connection");
+        assert_eq!(super::tests::failure(3).to_string(), "rank 3 on node 1 exited with code 1");
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_messages_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            use paceline_transport::wire;
+            let _ = wire::decode::<Report>(&bytes);
+            if let Ok(Order::Failed(failure)) = wire::decode::<Order>(&bytes) {
+                let text = failure.quoted().to_string();
+                prop_assert!(text.chars().all(|c| !c.is_control()) && text.len() < 4 * CAUSE_LIMIT);
+            }
+        }
+    }
+}
