@@ -24,7 +24,7 @@ fn io_sleeps() -> u64 {
 #[test]
 fn a_driving_caller_does_not_wake_the_io_thread_for_packets() {
     const TRIPS: usize = 2000;
-    let (_group, mut zero, mut one) = pair("quiet");
+    let (_group, mut zero, mut one) = pair::<Quic>("quiet");
     let ping = |transport: &mut QuicTransport, first: bool| {
         let peer = 1 - transport.rank();
         let mut byte = [0];
