@@ -105,7 +105,7 @@ struct Measured {
 
 /// Chooses between TLS links that exist and QUIC links that `form_quic` makes by a deadline, and leaves the
 /// others in order. Every rank calls it, before anything else is sent. Blocks; where both can be formed it
-/// takes about a tenth of a second, and [where UDP does not pass](Fabric::Auto) two seconds.
+/// takes about a tenth of a second, and two seconds where UDP does not pass.
 ///
 /// On rank 0 `one_host` says that all ranks share memory, so that nothing is measured and no QUIC is formed, and
 /// `probe` is the rank to measure with. The choice is logged there, at level info.

@@ -10,7 +10,7 @@
 //! new leaf, existing ones go on.
 //!
 //! This module refuses to verify a peer: that is the work of rustls and webpki, set up in
-//! [`quic`](crate::quic). There is no revocation; leaves are short-lived instead.
+//! `credentials` for every kind of link. There is no revocation; leaves are short-lived instead.
 
 use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock};

@@ -1,7 +1,7 @@
 //! The data connection of a link, shared by the caller's thread, which drives it, and the I/O thread.
 //!
 //! The I/O thread steps in twice. Bytes that the caller left encrypted because the socket was full are sent
-//! by the [`Flusher`] when the caller does not come back soon. And after the peer's goodbye the rest of
+//! by the [`Flusher`] a moment later, for the caller may have gone away to compute. And after the peer's goodbye the rest of
 //! its data is taken off the socket, as far as there is room, so that the peer need not wait for this rank's
 //! caller before it leaves.
 
