@@ -562,7 +562,9 @@ fn a_signal_that_is_ignored_is_followed_by_sigkill() {
 
 #[test]
 fn a_second_sigint_kills_at_once() {
-    let program = "trap 'echo got INT' INT; trap '' TERM; echo ready; while :; do sleep 1000; done";
+    // `wait` lets the trap run at once. A `sleep` in the foreground holds it back if the signal finds the shell's
+    // child before it has become `sleep`.
+    let program = "trap 'echo got INT' INT; trap '' TERM; echo ready; while :; do sleep 1000 & wait; done";
     let mut launcher = Launcher::start(&mut run_shell(&["--grace", "1000"], program));
     launcher.wait_for("ready");
     launcher.signal(Signal::INT);
