@@ -14,7 +14,7 @@ use paceline_transport::{self as transport, Transport};
 
 use crate::buffer::Buffers;
 use crate::control::{Cause, Control};
-use crate::dtype::{DType, ReduceOp};
+use crate::dtype::DType;
 use crate::error::{Call, Error};
 use crate::fault::Fault;
 use crate::kernels::{Own, Reducer};
@@ -54,6 +54,8 @@ pub(crate) struct Engine {
     host: Option<Box<Host>>,
     /// The ranks of this host, when there is such memory.
     members: Vec<usize>,
+    /// Whether those are all ranks.
+    whole: bool,
     /// When there are several hosts that all-reduces can go by.
     levels: Option<Levels>,
     timeout: Duration,
@@ -163,6 +165,7 @@ impl Engine {
             heads,
             fault,
             host,
+            whole: members.len() == world_size,
             members,
             levels,
             timeout,
@@ -197,7 +200,19 @@ impl Engine {
             self.history.pop_front();
         }
         self.history.push_back(operation);
-        self.dispatch(operation, plan, reducer, buffers).map_err(|error| self.fail(error))?;
+        let outcome = match self.host.take() {
+            // First what must be quick: collectives of ranks that all share memory take less than a microsecond.
+            Some(mut host) if self.whole && operation.is_collective() => {
+                let outcome = self.run_on_host(&mut host, operation.into(), plan, reducer, buffers);
+                self.host = Some(host);
+                outcome
+            }
+            host => {
+                self.host = host;
+                self.run_between_hosts(operation, plan, reducer, buffers)
+            }
+        };
+        outcome.map_err(|error| self.fail(error))?;
         if let Some((late, waited)) = self.waits.end() {
             let (rank, waited_ms) = (self.transport.rank(), waited.as_millis() as u64);
             tracing::warn!(rank, %operation, late, waited_ms, "waited for a rank that was late");
@@ -205,40 +220,33 @@ impl Engine {
         Ok(())
     }
 
-    fn dispatch(
+    /// Runs an operation that goes over links, if only in part.
+    #[inline(never)]
+    fn run_between_hosts(
         &mut self,
         operation: Operation,
         plan: &Plan,
         reducer: Option<Reducer>,
         buffers: Buffers<'_>,
     ) -> Result<(), Error> {
-        let whole = self.members.len() == self.transport.world_size();
-        let way = match operation.kind {
-            _ if !operation.is_collective() => Way::Links,
-            _ if whole => Way::Host,
-            Kind::AllReduce(op) if self.levels.is_some() => Way::Levels(op),
-            _ => Way::Links,
-        };
-        let (Way::Host | Way::Levels(_), Some(mut host)) = (way, self.host.take_if(|_| way != Way::Links))
-        else {
+        let Kind::AllReduce(op) = operation.kind else {
             return self.run_over_links(operation, plan, reducer, buffers);
         };
-        let outcome = match (way, self.levels.take()) {
-            (Way::Levels(op), Some(levels)) => {
+        match (self.levels.take(), self.host.take()) {
+            (Some(levels), Some(mut host)) => {
                 let outcome = self.run_in_levels(&mut host, &levels, (operation, op), buffers);
-                self.levels = Some(levels);
+                (self.levels, self.host) = (Some(levels), Some(host));
                 outcome
             }
-            (_, levels) => {
-                self.levels = levels;
-                self.run_on_host(&mut host, operation.into(), plan, reducer, buffers)
+            one_level => {
+                (self.levels, self.host) = one_level;
+                self.run_over_links(operation, plan, reducer, buffers)
             }
-        };
-        self.host = Some(host);
-        outcome
+        }
     }
 
     /// Runs a collective through shared memory.
+    #[inline(always)]
     pub(crate) fn run_on_host(
         &mut self,
         host: &mut Host,
@@ -299,7 +307,7 @@ impl Engine {
     /// Which way a collective with `bytes` bytes goes when ranks share memory, and why; `None` when they do
     /// not, and for what goes over links.
     pub(crate) fn explain(&self, kind: Kind, bytes: usize) -> Option<(&'static str, String)> {
-        if self.members.len() == self.transport.world_size() {
+        if self.whole {
             return self.host.as_ref()?.explain(kind, bytes);
         }
         let levels = self.levels.as_ref().filter(|_| matches!(kind, Kind::AllReduce(_)))?;
@@ -324,8 +332,7 @@ impl Engine {
 
     /// The same, when all ranks are on this host.
     pub(crate) fn host_of_all(&mut self) -> Option<&mut Host> {
-        let whole = self.members.len() == self.transport.world_size();
-        self.host.as_deref_mut().filter(|_| whole)
+        self.host.as_deref_mut().filter(|_| self.whole)
     }
 
     /// Registers memory of `bytes` bytes on every rank; returns this rank's. Every rank calls it.
@@ -824,17 +831,6 @@ impl Engine {
             }
         }
     }
-}
-
-/// How an operation is run.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Way {
-    /// As its plan says, message by message.
-    Links,
-    /// By all ranks on shared memory.
-    Host,
-    /// Inside the hosts and between them.
-    Levels(ReduceOp),
 }
 
 /// Those of `waiting_for` whose stream stands at the head of a frame, not within a payload that would be

@@ -39,10 +39,14 @@ impl Waits {
     }
 
     /// An operation has ended: who was late in it, if it is time to say so.
+    #[inline]
     pub(crate) fn end(&mut self) -> Option<(usize, Duration)> {
-        if !std::mem::take(&mut self.waited) {
-            return None;
-        }
+        if self.waited { self.sum_up() } else { None }
+    }
+
+    #[cold]
+    fn sum_up(&mut self) -> Option<(usize, Duration)> {
+        self.waited = false;
         let latest = (0..self.now.len()).max_by_key(|&rank| self.now[rank])?;
         let waited = self.now[latest];
         for (total, now) in self.total.iter_mut().zip(&mut self.now) {

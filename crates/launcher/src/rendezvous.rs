@@ -1,8 +1,8 @@
 //! Where the ranks of the job meet, as far as the launcher is concerned.
 //!
 //! The supervisor needs little of it, which is all the trait has; so it is tested with shell programs. Two real ones
-//! exist: [`founder`](crate::founder) makes the job's certificate authority and serves the rendezvous of
-//! `paceline_runtime`, on one machine or as node 0 of several; [`follower`](crate::follower) is any other node.
+//! exist: `founder` makes the job's certificate authority and serves the rendezvous of
+//! `paceline_runtime`, on one machine or as node 0 of several; `follower` is any other node.
 
 use std::ffi::OsString;
 use std::sync::Arc;

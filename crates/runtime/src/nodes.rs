@@ -15,7 +15,7 @@
 //!                               ◀─────  Verdict{cause}      what the job failed of, if it has
 //! Beat                          ◀────▶  every half second; silence for 5 s is a loss
 //! ```
-//! What is decided is decided in [`Seats`] and [`Causes`], which have neither clock nor network.
+//! What is decided is decided in `Seats` and `Causes`, which have neither clock nor network.
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -14,7 +14,7 @@
 //! Blames{rank}                  ─────▶  this worker failed because of that one
 //! ```
 //! A member may only join as the rank its certificate was made for. Strangers do not get this far: the
-//! endpoint refuses them. In a job of several nodes the other launchers connect here too ([`nodes`](crate::nodes)),
+//! endpoint refuses them. In a job of several nodes the other launchers connect here too (see `nodes`),
 //! and the ranks start when they are all there.
 
 use std::collections::BTreeMap;

@@ -11,7 +11,7 @@
 //! rates (tbf) and none for delay, loss and order (netem).
 //!
 //! Processes get into a namespace by `nsenter`, so that no thread of ours ever changes its own. A [`Bed`] takes its
-//! namespaces away when it is dropped, and when its process ends in any other way: see [`mod@janitor`].
+//! namespaces away when it is dropped, and when its process ends in any other way: see `janitor`.
 //!
 //! Needs root (`CAP_SYS_ADMIN` and `CAP_NET_ADMIN`), iproute2 and `/dev/net/tun`; [`missing`] says in one line what is
 //! not there. Used by `cargo xtask hosts`, `cargo xtask peers --between-hosts` and crates/launcher/tests/hosts.rs.
