@@ -363,6 +363,8 @@ pub fn listen_address(rendezvous: &str) -> SocketAddr {
     let host = rendezvous.rsplit_once(':').map_or(rendezvous, |(host, _)| host);
     let host = host.trim_start_matches('[').trim_end_matches(']');
     let ip = match host.parse::<IpAddr>() {
+        // Whichever it is: a rank that dials it is seen at this one, which is where the others then dial the rank.
+        Ok(IpAddr::V4(ip)) if ip.is_loopback() => Ipv4Addr::LOCALHOST.into(),
         Ok(ip) if ip.is_loopback() => ip,
         Ok(IpAddr::V6(_)) => Ipv6Addr::UNSPECIFIED.into(),
         Err(_) if host == "localhost" => Ipv4Addr::LOCALHOST.into(),
@@ -389,6 +391,7 @@ mod tests {
     fn a_local_rendezvous_means_local_sockets() {
         for (rendezvous, expected) in [
             ("127.0.0.1:29400", "127.0.0.1:0"),
+            ("127.0.0.2:29400", "127.0.0.1:0"),
             ("localhost:29400", "127.0.0.1:0"),
             ("[::1]:29400", "[::1]:0"),
             ("10.1.2.3:29400", "0.0.0.0:0"),
