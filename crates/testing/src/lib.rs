@@ -6,5 +6,6 @@
 
 mod behaviours;
 pub mod reference;
+pub mod threads;
 
 pub use behaviours::{ALL, Behaviour};
