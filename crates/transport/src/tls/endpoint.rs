@@ -5,7 +5,6 @@
 //! milliseconds, and those of somebody who never finishes them are the old ones.
 
 use std::collections::{HashMap, VecDeque};
-use std::fmt;
 use std::net::{SocketAddr, TcpListener as StdTcpListener};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -101,7 +100,7 @@ struct Shared {
     local_addr: SocketAddr,
     accepted: tokio::sync::Mutex<mpsc::Receiver<Connection>>,
     expected: Arc<Expected>,
-    reception: Arc<Reception>,
+    diversion: Arc<OnceLock<Diversion>>,
     _acceptor: Task<()>,
 }
 
@@ -150,7 +149,7 @@ type Diversion = (&'static [u8], mpsc::Sender<(TcpStream, SocketAddr)>);
 
 /// What the handshakes of an endpoint share.
 struct Reception {
-    diversion: OnceLock<Diversion>,
+    diversion: Arc<OnceLock<Diversion>>,
     server: Arc<ServerConfig>,
     job: String,
     accepted: mpsc::Sender<Connection>,
@@ -258,8 +257,9 @@ impl Endpoint {
         let (listener, local_addr) = listen(io, addr).map_err(failed)?;
         let (sender, accepted) = mpsc::channel(ACCEPTED_LIMIT);
         let expected = Arc::new(Expected::default());
+        let diversion = Arc::default();
         let reception = Arc::new(Reception {
-            diversion: OnceLock::new(),
+            diversion: Arc::clone(&diversion),
             server,
             job: identity.job().to_owned(),
             accepted: sender,
@@ -267,8 +267,9 @@ impl Endpoint {
             warnings: Mutex::new(Warnings { second: Instant::now(), said: 0, unsaid: 0 }),
         });
         let accepted = tokio::sync::Mutex::new(accepted);
-        let _acceptor = io.task(accept_all(listener, reception.clone()));
-        let shared = Shared { local_addr, accepted, expected, reception, _acceptor };
+        // Only the task holds the other end of `accepted`: when it ends, so does every wait for a connection.
+        let _acceptor = io.task(accept_all(listener, reception));
+        let shared = Shared { local_addr, accepted, expected, diversion, _acceptor };
         Ok(Self { dialler, shared: Arc::new(shared) })
     }
 
@@ -281,7 +282,7 @@ impl Endpoint {
         protocol: &'static [u8],
         to: mpsc::Sender<(TcpStream, SocketAddr)>,
     ) -> Result<(), Error> {
-        let diverted = self.shared.reception.diversion.set((protocol, to));
+        let diverted = self.shared.diversion.set((protocol, to));
         diverted.map_err(|_| Error::Usage { reason: "another service has this port's diversion".to_owned() })
     }
 
@@ -598,12 +599,6 @@ impl Reception {
             Some(unsaid) => tracing::warn!(%remote, reason, unsaid, "refused a connection"),
             None => {}
         }
-    }
-}
-
-impl fmt::Debug for Reception {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Reception").field("job", &self.job).finish_non_exhaustive()
     }
 }
 
