@@ -130,7 +130,10 @@ fn processes() -> String {
 }
 
 fn paceline(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_paceline"));
+    // Who runs the tests in the background, as shells and CI do, has SIGINT and SIGQUIT ignored; so would the
+    // launcher, which leaves ignored signals as they are.
+    let mut command = Command::new("env");
+    command.args(["--default-signal=HUP,INT,QUIT", env!("CARGO_BIN_EXE_paceline")]);
     for name in [
         "PACELINE_PORT",
         "PACELINE_JOB_SECRET_FILE",
