@@ -84,8 +84,9 @@ fn value_of(flag: &str) -> Option<String> {
 /// A contender, connected to its peer process.
 struct Bout {
     contender: Contender,
-    side: Side,
+    // Dropped before the connection, whose end it would complain of.
     _child: Killed,
+    side: Side,
     /// GB/s and µs, a value for each round.
     throughput: Vec<f64>,
     round_trip: Vec<f64>,

@@ -2,7 +2,7 @@
 
 use crate::process::{self, cargo};
 use crate::step::{Budget, Report};
-use crate::{checks, demo, instructions, suites, torch};
+use crate::{checks, demo, flight_recorder, instructions, nccl, suites, torch, torchrun};
 use anyhow::Result;
 use std::time::Duration;
 
@@ -29,6 +29,10 @@ fn steps(report: &mut Report) -> Result<suites::Total> {
     instructions::steps(&instructions::Options::default(), report)?;
     demo::steps(&demo::Options::default(), report)?;
     report.step("tests with libtorch", Budget::minutes(3.0), tests_with_libtorch)?;
+    let of_traces = Budget::minutes(flight_recorder::MINUTES);
+    report.step("PyTorch's analyser of traces", of_traces, flight_recorder::tests)?;
+    report.step("tests beside torchrun", Budget::minutes(torchrun::MINUTES), torchrun::tests)?;
+    report.step("tests with NCCL", Budget::minutes(nccl::MINUTES), nccl::tests)?;
     Ok(total.and(suites::root_steps(report)?))
 }
 
@@ -37,8 +41,10 @@ fn clippy(limit: Duration) -> Result<()> {
     let deny = ["--", "--deny", "warnings"];
     process::run(cargo(&[clippy.as_slice(), &["--workspace"], &deny].concat()), limit)?;
     // Not among all targets, because `cargo test` leaves it out.
-    let needs_root = ["clippy", "--locked", "--package", "paceline", "--test", "hosts"];
-    process::run(cargo(&[needs_root.as_slice(), &deny].concat()), limit)?;
+    let more = ["hosts", "discovery", "dist", "side_by_side", "recovery"];
+    let suites: Vec<&str> = more.into_iter().flat_map(|suite| ["--test", suite]).collect();
+    let needs_more = ["clippy", "--locked", "--package", "paceline"];
+    process::run(cargo(&[needs_more.as_slice(), suites.as_slice(), &deny].concat()), limit)?;
     for package in ["paceline-runtime", "paceline-examples"] {
         let with_tch = ["--package", package, "--features", "tch-doc-only"];
         process::run(cargo(&[clippy.as_slice(), &with_tch, &deny].concat()), limit)?;

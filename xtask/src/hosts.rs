@@ -31,6 +31,9 @@ pub struct Options {
     /// The longest IP packet of the links, in bytes
     #[arg(long, default_value_t = 1500)]
     mtu: u32,
+    /// How many interfaces each host has: eth0, eth1 and so on, each in a network of its own
+    #[arg(long, default_value_t = 1)]
+    interfaces: usize,
     /// What a link carries: 1gbit, 100mbit, 512kbit [default: as much as the machine does]
     #[arg(long, value_parser = rate)]
     rate: Option<u64>,
@@ -103,7 +106,7 @@ pub fn run(options: &Options) -> Result<()> {
 
 impl Options {
     fn plan(&self) -> Plan {
-        let Self { hosts, mtu, rate, delay, loss, reorder, duplicate, cut, .. } = self;
+        let Self { hosts, mtu, interfaces, rate, delay, loss, reorder, duplicate, cut, .. } = self;
         let has_faults =
             delay.is_some() || !cut.is_empty() || [loss, reorder, duplicate].iter().any(|f| f.is_some());
         let faults = has_faults.then(|| Faults {
@@ -114,7 +117,7 @@ impl Options {
             rate: *rate,
             ..Faults::default()
         });
-        Plan { hosts: *hosts, mtu: *mtu, rate: *rate, faults, seed: self.seed() }
+        Plan { hosts: *hosts, mtu: *mtu, interfaces: *interfaces, rate: *rate, faults, seed: self.seed() }
     }
 
     fn seed(&self) -> u64 {

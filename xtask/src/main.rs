@@ -7,16 +7,23 @@
 mod checks;
 mod ci;
 mod demo;
+mod dist;
 mod environment;
+mod flight_recorder;
+mod gpu;
 mod hosts;
 mod instructions;
 mod mutant;
+mod nccl;
 mod peers;
+mod plugin;
 mod process;
+mod siege;
 mod step;
 mod suites;
 mod system;
 mod torch;
+mod torchrun;
 mod workspace;
 
 use clap::{Parser, Subcommand};
@@ -39,6 +46,18 @@ enum Task {
     Mutants,
     /// The tests that need root: between hosts, over links that are slow, lossy and broken
     Root,
+    /// The tests on NVIDIA's NCCL that need no GPU; installs it
+    Nccl,
+    /// Build NCCL's network plugin, move 1 GB through it with every byte compared, and measure it
+    Plugin(plugin::Options),
+    /// Build the checks and measurements for a machine with a GPU as one tar, and run them when there is one here
+    Gpu,
+    /// PyTorch's analyser over traces of failed jobs; installs it
+    FlightRecorder,
+    /// The tests that run the launcher beside PyTorch's torchrun; installs it
+    Torchrun(torchrun::Options),
+    /// Build the launcher as one file without any library, and start it where there is nothing else
+    Dist,
     /// Run a program as the ranks of a job on N hosts of this machine, over links as asked for; needs root
     Hosts(hosts::Options),
     /// What continuous integration runs: style, documentation, every test, instruction counts, the demo
@@ -47,6 +66,8 @@ enum Task {
     Check,
     /// Measure Paceline beside OpenMPI, MPICH and Gloo on this machine
     Peers(peers::Options),
+    /// Measure what a job between hosts still does while its ports are attacked; needs root
+    Siege(siege::Options),
     /// Count the instructions of the hot path and compare them with benches/instructions.json
     Instructions(instructions::Options),
     /// Print the environment that a build with the feature `tch` needs, in the shell's words
@@ -63,10 +84,17 @@ fn main() -> ExitCode {
         Task::Test => suites::run(),
         Task::Mutants => mutant::run(),
         Task::Root => suites::run_root(),
+        Task::Nccl => nccl::run(),
+        Task::Plugin(options) => plugin::run(&options),
+        Task::Gpu => gpu::run(),
+        Task::FlightRecorder => flight_recorder::run(),
+        Task::Torchrun(options) => torchrun::run(&options),
+        Task::Dist => dist::run(),
         Task::Hosts(options) => hosts::run(&options),
         Task::Ci => ci::run(),
         Task::Check => checks::run(),
         Task::Peers(options) => peers::run(&options),
+        Task::Siege(options) => siege::run(&options),
         Task::Instructions(options) => instructions::run(&options),
         Task::TorchEnv => torch::print_environment(),
     };

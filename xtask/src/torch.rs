@@ -29,6 +29,7 @@ const RECIPE: Recipe = Recipe {
 
 /// An installed libtorch.
 pub struct Torch {
+    environment: PathBuf,
     /// The wheel's folder `torch`.
     home: PathBuf,
 }
@@ -37,6 +38,11 @@ impl Torch {
     /// The folder with `lib` and `include`.
     pub fn home(&self) -> &Path {
         &self.home
+    }
+
+    /// The Python environment that it is installed in.
+    pub fn virtual_environment(&self) -> &Path {
+        &self.environment
     }
 
     /// What a build with tch needs in its environment, and what a program linked with it needs to start.
@@ -57,7 +63,7 @@ impl Torch {
 pub fn ensure() -> Result<Torch> {
     let environment = environment::ensure(&RECIPE)?;
     let site = environment::site_packages(&environment).context("the environment of torch is gone")?;
-    Ok(Torch { home: site.join("torch") })
+    Ok(Torch { environment, home: site.join("torch") })
 }
 
 /// Prints the environment in the shell's words, for `eval "$(cargo xtask torch-env)"`.

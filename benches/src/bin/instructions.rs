@@ -20,7 +20,7 @@ const BYTES: usize = 64 * 1024;
 /// Counted calls of a case; xtask divides by it.
 const CALLS: u32 = 10;
 
-/// Calls before those that count: all that grows has grown then (the engine remembers 64 calls).
+/// Calls before those that count: all that grows has grown then.
 const FIRST_CALLS: u32 = 100;
 
 fn main() {
@@ -44,6 +44,10 @@ fn cases() -> Vec<Case> {
     // callgrind does not know AVX-512, and shows the program a CPU without it.
     for level in Level::available().into_iter().filter(|level| level.name() != "avx512") {
         for dtype in [DType::F32, DType::BF16, DType::F16] {
+            if dtype == DType::F16 && level.name() == "portable" {
+                // `half` chooses how it converts by the processor: 9 % fewer on Zen 4 than on Zen 3.
+                continue;
+            }
             for world_size in [2, 4] {
                 let name = format!("{dtype}_sum_of_{world_size}_{}", level.name());
                 cases.push((name, Box::new(move || sum(level, dtype, world_size))));

@@ -19,6 +19,7 @@ use crate::network::{self, Broadcast, Link, Links, Network};
 use crate::operation::{self, Kind, Operation};
 use crate::plan::{Plan, Schedule, Shares};
 use crate::progress::Progress;
+use crate::recorder::{FlightRecorder, Recorder, Ticket};
 use crate::shared::registered::SharedBuffer;
 use crate::shared::{Costs, PROBES, Tuning};
 use crate::work::Work;
@@ -75,6 +76,17 @@ pub enum Algorithm {
     Direct,
     /// Rings and chains: every rank talks to its neighbours. Reductions need [`Order::Any`].
     Ring,
+    /// Recursive halving and doubling of Rabenseifner, for all_reduce and reduce_scatter, which need
+    /// [`Order::Any`] then: every rank talks to log2 n others. Everything else is direct.
+    Halving,
+}
+
+/// The family of schedules that runs a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Family {
+    Direct,
+    Ring,
+    Halving,
 }
 
 /// The order in which the contributions to a sum are added.
@@ -130,6 +142,8 @@ pub struct Communicator {
     group: u64,
     /// What messages cost. Equal on all ranks.
     network: Arc<Network>,
+    recorder: Recorder,
+    flight_recorder: FlightRecorder,
 }
 
 #[derive(Debug, Default)]
@@ -148,6 +162,17 @@ impl Communicator {
     /// [`Error::Usage`] for a segment size that is not between 64 bytes and 64 MiB or not a multiple of
     /// 64, or a timeout of zero.
     pub fn new(transport: Box<dyn Transport>, config: Config) -> Result<Self, Error> {
+        let members = (0..transport.world_size()).collect();
+        Self::form(transport, config, (0, members), FlightRecorder::new())
+    }
+
+    /// Makes the communicator of a group, which is noted in a recorder.
+    fn form(
+        transport: Box<dyn Transport>,
+        config: Config,
+        (group, members): (u64, Vec<usize>),
+        flight_recorder: FlightRecorder,
+    ) -> Result<Self, Error> {
         let usage = |reason| Err(Error::Usage { operation: "Communicator::new", reason });
         if !(64..=PAYLOAD_LIMIT / 2).contains(&config.segment_bytes)
             || !config.segment_bytes.is_multiple_of(64)
@@ -165,9 +190,24 @@ impl Communicator {
         let (rank, world_size) = (transport.rank(), transport.world_size());
         let forced = config.algorithm != Algorithm::Auto;
         let network = Arc::new(Network::unmeasured(world_size));
-        let engine = Engine::new(transport, fault.clone(), config.timeout, forced, network.clone());
+        let recorded = flight_recorder.add(group, members, rank);
+        let records = (flight_recorder.clone(), recorded.clone());
+        let engine = Engine::new(transport, fault.clone(), config.timeout, forced, network.clone(), records);
         let (progress, counters) = (Progress::new(engine), Arc::default());
-        Ok(Self { rank, world_size, config, progress, fault, counters, issued: 0, group: 0, network })
+        let recorder = Recorder::new(recorded);
+        Ok(Self {
+            rank,
+            world_size,
+            config,
+            progress,
+            fault,
+            counters,
+            issued: 0,
+            group,
+            network,
+            recorder,
+            flight_recorder,
+        })
     }
 
     /// This rank (NCCL: `ncclCommUserRank`).
@@ -213,23 +253,35 @@ impl Communicator {
         if let Some((name, why)) = self.progress.run(|engine| engine.explain(kind, bytes)) {
             return Ok((name.to_owned(), why));
         }
-        let ring = self.prefers_ring(kind)?;
-        let (name, why) = match (kind, ring) {
+        let family = self.family(kind)?;
+        let (name, why) = match (kind, family) {
             _ if self.world_size == 1 => ("local", "there is no other rank"),
             (Kind::Barrier, _) => ("dissemination", "it is the only schedule of a barrier"),
             (Kind::Message { .. }, _) => ("message", "two ranks share one link"),
             (kind, _) if has_one_schedule(kind) => ("direct", "every part goes straight to where it belongs"),
-            (_, true) if self.config.algorithm == Algorithm::Ring => ("ring", "the algorithm is set to ring"),
-            (_, false) if self.config.algorithm == Algorithm::Direct => {
+            (_, Family::Ring) => ("ring", "the algorithm is set to ring"),
+            (Kind::AllReduce(_), Family::Halving) => {
+                let micros = self.network.halving_micros(self.world_size, bytes);
+                let network = self.network.describe();
+                let why = format!("the algorithm is set to halving; {micros:.0} us at {network}");
+                return Ok(("halving".to_owned(), why));
+            }
+            (_, Family::Halving) => ("halving", "the algorithm is set to halving"),
+            (_, Family::Direct) if self.config.algorithm == Algorithm::Direct => {
                 ("direct", "the algorithm is set to direct")
+            }
+            (_, Family::Direct) if self.config.algorithm == Algorithm::Halving => {
+                ("direct", "there is no halving of this collective")
             }
             (Kind::Broadcast { .. }, _) if self.config.algorithm == Algorithm::Auto => {
                 return Ok(self.explain_broadcast(bytes));
             }
-            (Kind::AllReduce(_), false) if self.config.algorithm == Algorithm::Auto => {
+            (Kind::AllReduce(_), Family::Direct) if self.config.algorithm == Algorithm::Auto => {
                 return Ok(self.explain_all_reduce(bytes));
             }
-            (Kind::Reduce { .. }, false) => ("direct", "every rank reduces its part, in the fixed order"),
+            (Kind::Reduce { .. }, Family::Direct) => {
+                ("direct", "every rank reduces its part, in the fixed order")
+            }
             (_, _) => ("direct", "a ring's bytes in fewer latencies, and the fixed order"),
         };
         Ok((name.to_owned(), why.to_owned()))
@@ -238,8 +290,14 @@ impl Communicator {
     fn explain_all_reduce(&self, bytes: usize) -> (String, String) {
         let [one_shot, direct] = self.network.all_reduce_micros(self.world_size, bytes);
         let name = if self.goes_in_one_shot(bytes) { "one-shot" } else { "direct" };
-        let costs =
-            format!("one-shot {one_shot:.0} us, direct {direct:.0} us at {}", self.network.describe());
+        let halving = self.network.halving_micros(self.world_size, bytes);
+        let network = self.network.describe();
+        let costs = match self.config.order {
+            Order::Fixed => format!("one-shot {one_shot:.0} us, direct {direct:.0} us at {network}"),
+            Order::Any => format!(
+                "one-shot {one_shot:.0} us, direct {direct:.0} us, halving {halving:.0} us at {network}"
+            ),
+        };
         (name.to_owned(), costs)
     }
 
@@ -280,6 +338,7 @@ impl Communicator {
         self.issued = 0;
         probed?;
         self.counters = Arc::default();
+        self.recorder.clear();
         self.progress.run(Engine::forget);
         Ok(())
     }
@@ -371,9 +430,20 @@ impl Communicator {
         self.progress.run(|engine| engine.host().map(|host| host.tuning = tuning));
     }
 
+    /// What this communicator and those split from it did last, for any thread to read at any time.
+    pub fn flight_recorder(&self) -> FlightRecorder {
+        self.flight_recorder.clone()
+    }
+
     /// A handle with which another thread ends this communicator's operations.
     pub fn interrupter(&self) -> Interrupter {
         Interrupter { fault: self.fault.clone() }
+    }
+
+    /// Has `listener` called with each rank that an [`Interrupter`] says is dead and with the reason, also those of
+    /// before, at once and on the interrupter's thread. It must not block. Replaces an earlier listener.
+    pub(crate) fn on_loss(&self, listener: impl Fn(usize, &str) + Send + 'static) {
+        self.fault.on_loss(listener);
     }
 
     /// Has `observer` called with the fatal error when this communicator fails, on the thread that runs
@@ -841,8 +911,9 @@ impl Communicator {
         let members = members_of(color, &choices);
         let group = group_id(self.group, operation.number, color);
         let transport = self.progress.run(|engine| engine.split(operation, &members, group))?;
-        let mut split = Self::new(transport, self.config.clone())?;
-        split.group = group;
+        let of_all = members.iter().map(|&member| self.recorder.group.members()[member]).collect();
+        let recorder = self.flight_recorder.clone();
+        let split = Self::form(transport, self.config.clone(), (group, of_all), recorder)?;
         self.fault.adopt(&split.fault, members);
         Ok(Some(split))
     }
@@ -879,22 +950,30 @@ impl Communicator {
             schedule: code(schedule),
         };
         self.issued = self.issued.wrapping_add(u64::from(!message));
-        Ok(Call { operation, plan: Plan::new(schedule, self.world_size, self.rank, shares, segment_len) })
+        let ticket = self.recorder.issue(operation);
+        let plan = Plan::new(schedule, self.world_size, self.rank, shares, segment_len);
+        Ok(Call { operation, ticket, plan })
     }
 
     fn schedule<T: Element>(&self, kind: Kind, count: usize) -> Result<Schedule, Error> {
-        let ring = self.prefers_ring(kind)?;
-        Ok(match (kind, ring) {
-            (Kind::AllReduce(_), false) if self.goes_in_one_shot(count.saturating_mul(T::DTYPE.size())) => {
+        let family = self.family(kind)?;
+        Ok(match (kind, family) {
+            (Kind::AllReduce(_), Family::Direct)
+                if self.goes_in_one_shot(count.saturating_mul(T::DTYPE.size())) =>
+            {
                 Schedule::AllReduceOneShot
             }
-            (Kind::AllReduce(_), false) => Schedule::AllReduceDirect,
-            (Kind::AllReduce(_), true) => Schedule::AllReduceRing,
-            (Kind::Reduce { root, .. }, false) => Schedule::ReduceDirect { root },
-            (Kind::Reduce { root, .. }, true) => Schedule::ReduceChain { root },
-            (Kind::ReduceScatter(_) | Kind::ReduceScatterV { .. }, false) => Schedule::ReduceScatterDirect,
-            (Kind::ReduceScatter(_) | Kind::ReduceScatterV { .. }, true) => Schedule::ReduceScatterRing,
-            (Kind::AllGather | Kind::AllGatherV { .. }, true) => Schedule::AllGatherRing,
+            (Kind::AllReduce(_), Family::Direct) => Schedule::AllReduceDirect,
+            (Kind::AllReduce(_), Family::Ring) => Schedule::AllReduceRing,
+            (Kind::AllReduce(_), Family::Halving) => Schedule::AllReduceHalving,
+            (Kind::Reduce { root, .. }, Family::Ring) => Schedule::ReduceChain { root },
+            (Kind::Reduce { root, .. }, _) => Schedule::ReduceDirect { root },
+            (Kind::ReduceScatter(_) | Kind::ReduceScatterV { .. }, family) => match family {
+                Family::Direct => Schedule::ReduceScatterDirect,
+                Family::Ring => Schedule::ReduceScatterRing,
+                Family::Halving => Schedule::ReduceScatterHalving,
+            },
+            (Kind::AllGather | Kind::AllGatherV { .. }, Family::Ring) => Schedule::AllGatherRing,
             (Kind::AllGather | Kind::AllGatherV { .. } | Kind::AllToAllCounts | Kind::Split, _) => {
                 Schedule::AllGatherDirect
             }
@@ -909,32 +988,41 @@ impl Communicator {
                     Broadcast::Chain => Schedule::BroadcastChain { root },
                 }
             }
-            (Kind::Broadcast { root }, false) => Schedule::BroadcastDirect { root },
-            (Kind::Broadcast { root }, true) => Schedule::BroadcastChain { root },
+            (Kind::Broadcast { root }, Family::Ring) => Schedule::BroadcastChain { root },
+            (Kind::Broadcast { root }, _) => Schedule::BroadcastDirect { root },
             (Kind::Barrier, _) => Schedule::Barrier,
             (Kind::Message { from, to }, _) if from == self.rank => Schedule::SendTo { peer: to },
             (Kind::Message { from, .. }, _) => Schedule::ReceiveFrom { peer: from },
         })
     }
 
-    /// The choice between direct exchange and ring; a function of what all ranks have in common.
-    fn prefers_ring(&self, kind: Kind) -> Result<bool, Error> {
-        match (self.config.algorithm, kind) {
-            (Algorithm::Direct, _) => Ok(false),
-            (_, kind) if has_one_schedule(kind) => Ok(false),
-            (Algorithm::Ring, kind)
-                if kind.op().is_some() && self.config.order == Order::Fixed && self.world_size > 2 =>
-            {
-                Err(Error::Usage {
-                    operation: name(kind),
-                    reason: "a ring adds in another order: set order to any, or choose another algorithm"
-                        .to_owned(),
-                })
-            }
-            (Algorithm::Ring, _) => Ok(true),
-            // Direct exchange moves the same bytes with fewer latencies, in the fixed order.
-            (Algorithm::Auto, _) => Ok(false),
+    /// The choice of a family of schedules; a function of what all ranks have in common.
+    #[inline(always)]
+    fn family(&self, kind: Kind) -> Result<Family, Error> {
+        // First what nearly everybody has. Direct exchange moves the same bytes as the others with fewer
+        // latencies, in the fixed order.
+        match self.config.algorithm {
+            Algorithm::Auto | Algorithm::Direct => Ok(Family::Direct),
+            Algorithm::Ring | Algorithm::Halving => self.family_asked_for(kind),
         }
+    }
+
+    #[inline(never)]
+    fn family_asked_for(&self, kind: Kind) -> Result<Family, Error> {
+        let scatters_or_all_reduces =
+            matches!(kind, Kind::AllReduce(_) | Kind::ReduceScatter(_) | Kind::ReduceScatterV { .. });
+        let (family, what) = match self.config.algorithm {
+            _ if has_one_schedule(kind) => return Ok(Family::Direct),
+            Algorithm::Ring => (Family::Ring, "a ring"),
+            Algorithm::Halving if scatters_or_all_reduces => (Family::Halving, "recursive halving"),
+            Algorithm::Auto | Algorithm::Direct | Algorithm::Halving => return Ok(Family::Direct),
+        };
+        if kind.op().is_some() && self.config.order == Order::Fixed && self.world_size > 2 {
+            let reason =
+                format!("{what} adds in another order: set order to any, or choose another algorithm");
+            return Err(Error::Usage { operation: name(kind), reason });
+        }
+        Ok(family)
     }
 
     /// Whether an all_reduce is so short that one latency counts for more than its bytes.
@@ -947,8 +1035,11 @@ impl Communicator {
     }
 
     fn run(&mut self, call: Call, buffers: Buffers<'_>) -> Result<(), Error> {
-        let Self { progress, counters, world_size, .. } = self;
-        progress.run(|engine| call.run(engine, buffers, *world_size, counters))
+        let Self { progress, counters, world_size, recorder, .. } = self;
+        progress.run(|engine| {
+            recorder.group.ring.start_at_once(call.ticket);
+            call.run(engine, buffers, *world_size, counters)
+        })
     }
 
     fn start<T: Element>(
@@ -960,7 +1051,9 @@ impl Communicator {
         let (work, slot) = Work::new();
         let (world_size, counters) = (self.world_size, self.counters.clone());
         let name = call.operation.name();
+        let group = self.recorder.group.clone();
         let job = Box::new(move |engine: &mut Engine| {
+            group.ring.start(call.ticket);
             let outcome = call.run(engine, Buffers::within(&mut buffer, starts), world_size, &counters);
             slot.complete(outcome.map(|()| buffer));
         });
@@ -1070,6 +1163,8 @@ impl Drop for Communicator {
 /// A checked, numbered call.
 struct Call {
     operation: Operation,
+    /// Where it is recorded.
+    ticket: Ticket,
     plan: Plan,
 }
 
@@ -1087,6 +1182,7 @@ impl Call {
         }
         let reducer = self.operation.kind.op().map(|op| Reducer::new(self.operation.dtype, op, world_size));
         engine.run(self.operation, &self.plan, reducer, buffers)?;
+        engine.recorded.ring.end(self.ticket);
         // Not fetch_add: whoever holds the engine is the only one to count, and a locked instruction takes
         // as long as a small collective's other bookkeeping.
         let add = |counter: &AtomicU64, more: u64| {
@@ -1122,6 +1218,7 @@ fn code(schedule: Schedule) -> u8 {
         | Schedule::AllGatherRing
         | Schedule::BroadcastChain { .. } => 2,
         Schedule::AllReduceOneShot | Schedule::BroadcastTree { .. } => 3,
+        Schedule::AllReduceHalving | Schedule::ReduceScatterHalving => 4,
         Schedule::Barrier | Schedule::SendTo { .. } | Schedule::ReceiveFrom { .. } => 0,
     }
 }

@@ -77,10 +77,12 @@ impl Cause {
     pub(crate) fn into_error(self, operation: Operation, own_rank: usize) -> Error {
         match self {
             Self::Lost { rank, reason } if rank as usize == own_rank => {
-                let reason = format!("the other ranks gave this rank up: {reason}");
+                let reason = format!("the other ranks gave this rank up: {}", quote(&reason));
                 Error::Interrupted { operation, reason }
             }
-            Self::Lost { rank, reason } => Error::PeerLost { operation, rank: rank as usize, reason },
+            Self::Lost { rank, reason } => {
+                Error::PeerLost { operation, rank: rank as usize, reason: quote(&reason) }
+            }
             Self::Left { rank } => Error::PeerLeft { operation, rank: rank as usize },
             Self::Mismatch { calls: [first, second] } => match (call(first), call(second)) {
                 (Some(first), Some(second)) => {
@@ -96,11 +98,20 @@ impl Cause {
                 waiting_for: waiting_for.into_iter().map(|rank| rank as usize).collect(),
                 elapsed: Duration::from_millis(elapsed_ms),
             },
-            Self::Interrupted { rank, reason } => {
-                Error::Interrupted { operation, reason: format!("rank {rank} was interrupted: {reason}") }
-            }
+            Self::Interrupted { rank, reason } => Error::Interrupted {
+                operation,
+                reason: format!("rank {rank} was interrupted: {}", quote(&reason)),
+            },
         }
     }
+}
+
+/// The most characters of a peer's own words in our errors.
+const QUOTE_LIMIT: usize = 1000;
+
+/// A peer's own words, made fit for one line.
+fn quote(words: &str) -> String {
+    words.chars().take(QUOTE_LIMIT).map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 fn call((rank, prefix): (u32, Prefix)) -> Option<Call> {

@@ -4,7 +4,6 @@
 //! progress thread's for started ones. It sends and receives together, looks for bad news only when
 //! nothing moves, and parks with a deadline.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -22,8 +21,12 @@ use crate::levels::{Group, Levels};
 use crate::network::Network;
 use crate::operation::{Kind, Operation, Step};
 use crate::plan::{Local, Place, Plan, Round, Schedule, Transfer};
+use crate::recorder::{FlightRecorder, Group as Recorded};
 use crate::shared::{Host, Waiter};
 use crate::waits::Waits;
+
+/// Control messages of a peer that are heard before the next look at the clock; more than a peer in order has to say.
+const HEARD_AT_A_TIME: usize = 512;
 
 /// How long a rank whose deadline has passed waits to hear who else is waiting, so that the rank
 /// everybody waits for is named and not a rank that waits itself. A live peer answers within its
@@ -41,9 +44,6 @@ const ABORT_GRACE: Duration = Duration::from_millis(200);
 /// longer ones save more than their two additional steps inside the host cost.
 const ONE_STEP_BYTES: usize = 16 * 1024;
 
-/// Past calls kept to say in a mismatch what this rank called under an older number.
-const HISTORY_LEN: usize = 64;
-
 /// Runs one operation at a time on the links of one epoch.
 pub(crate) struct Engine {
     transport: Box<dyn Transport>,
@@ -56,10 +56,14 @@ pub(crate) struct Engine {
     members: Vec<usize>,
     /// Whether those are all ranks.
     whole: bool,
-    /// When there are several hosts that all-reduces can go by.
+    /// When there are several hosts that collectives can go by.
     levels: Option<Levels>,
     timeout: Duration,
-    history: VecDeque<Operation>,
+    /// When an operation began that goes in steps, each of which waits: their deadline is one.
+    begun: Option<Instant>,
+    /// Past calls; also to say in a mismatch what this rank called under an older number.
+    pub(crate) recorded: Arc<Recorded>,
+    flight_recorder: FlightRecorder,
     /// The fatal error, once there is one.
     failed: Option<Error>,
     /// Told about the fatal error.
@@ -92,6 +96,10 @@ struct Scratch {
     received_partial: Vec<u64>,
     /// A reduced segment on its way to a root.
     reduced: Vec<u64>,
+    /// Partial sums by chunk, and those that come in, each `sums_stride` words after the one before.
+    sums: Vec<u64>,
+    received_sums: Vec<u64>,
+    sums_stride: usize,
     /// A block of 16-bit floats in f32, between hosts.
     wide: Vec<u64>,
 }
@@ -153,6 +161,7 @@ impl Engine {
         timeout: Duration,
         forced: bool,
         network: Arc<Network>,
+        (flight_recorder, recorded): (FlightRecorder, Arc<Recorded>),
     ) -> Self {
         let world_size = transport.world_size();
         let heads = (0..transport.world_size()).map(|_| InFrame::default()).collect();
@@ -169,7 +178,9 @@ impl Engine {
             members,
             levels,
             timeout,
-            history: VecDeque::with_capacity(HISTORY_LEN),
+            begun: None,
+            recorded,
+            flight_recorder,
             failed: None,
             observer: None,
             scratch: Scratch::default(),
@@ -196,10 +207,6 @@ impl Engine {
             let error = error.clone().of_probe_in(operation);
             return Err(self.failed.insert(error).clone());
         }
-        if self.history.len() == HISTORY_LEN {
-            self.history.pop_front();
-        }
-        self.history.push_back(operation);
         let outcome = match self.host.take() {
             // First what must be quick: collectives of ranks that all share memory take less than a microsecond.
             Some(mut host) if self.whole && operation.is_collective() => {
@@ -229,12 +236,14 @@ impl Engine {
         reducer: Option<Reducer>,
         buffers: Buffers<'_>,
     ) -> Result<(), Error> {
-        let Kind::AllReduce(op) = operation.kind else {
+        if !Levels::serve(operation.kind) {
             return self.run_over_links(operation, plan, reducer, buffers);
-        };
+        }
         match (self.levels.take(), self.host.take()) {
             (Some(levels), Some(mut host)) => {
-                let outcome = self.run_in_levels(&mut host, &levels, (operation, op), buffers);
+                self.begun = Some(Instant::now());
+                let outcome = self.run_in_levels(&mut host, &levels, (operation, plan), buffers);
+                self.begun = None;
                 (self.levels, self.host) = (Some(levels), Some(host));
                 outcome
             }
@@ -285,6 +294,11 @@ impl Engine {
         self.run_among(Group::World { rank }, operation.into(), plan, reducer, buffers)
     }
 
+    fn watch(&self, operation: Operation) -> Watch {
+        let started = self.begun.unwrap_or_else(Instant::now);
+        Watch { operation, started, deadline: started + self.timeout, late: Late::default() }
+    }
+
     /// Runs a plan of a group of ranks.
     pub(crate) fn run_among(
         &mut self,
@@ -295,7 +309,7 @@ impl Engine {
         buffers: Buffers<'_>,
     ) -> Result<(), Error> {
         let world_size = self.transport.world_size();
-        let watch = Watch::new(operation, self.timeout);
+        let watch = self.watch(operation);
         let (frames_sent, frames_received) = (vec![0; world_size], vec![0; world_size]);
         let mut running =
             Running { watch, operation, dtype, group, buffers, reducer, frames_sent, frames_received };
@@ -310,13 +324,18 @@ impl Engine {
         if self.whole {
             return self.host.as_ref()?.explain(kind, bytes);
         }
-        let levels = self.levels.as_ref().filter(|_| matches!(kind, Kind::AllReduce(_)))?;
+        let levels = self.levels.as_ref().filter(|_| Levels::serve(kind))?;
         let (hosts, ranks) = (levels.counterparts.len(), levels.members.len());
-        let network = self.network.describe();
-        Some(match self.goes_in_one_step(levels, bytes) {
-            true => ("levels", format!("{hosts} hosts of {ranks}: summed in each, then one step; {network}")),
-            false => ("levels", format!("{hosts} hosts of {ranks}: a slice for each rank; {network}")),
-        })
+        let how = match kind {
+            Kind::Barrier => "meets in each, then every rank with its counterparts",
+            Kind::Broadcast { .. } if self.network.slices_pay(ranks, bytes) => "a slice for each rank",
+            Kind::Broadcast { .. } => "from the root to one rank of each, then in each",
+            Kind::AllReduce(_) if self.goes_in_one_step(levels, bytes) => "summed in each, then one step",
+            Kind::AllReduce(_) => "a slice for each rank",
+            Kind::ReduceScatter(_) | Kind::ReduceScatterV { .. } => "summed in each, then among counterparts",
+            _ => "among counterparts, then in each",
+        };
+        Some(("levels", format!("{hosts} hosts of {ranks}: {how}; {}", self.network.describe())))
     }
 
     /// Whether every rank of a host takes a whole all_reduce of `bytes` bytes to the other hosts, rather than
@@ -354,7 +373,8 @@ impl Engine {
             _ => return Ok(Arc::new(memory)),
         };
         shared.map_err(|error| {
-            let error = self.link_error(error, &mut Watch::new(operation, self.timeout));
+            let mut watch = self.watch(operation);
+            let error = self.link_error(error, &mut watch);
             self.fail(error)
         })
     }
@@ -370,7 +390,7 @@ impl Engine {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
-        let mut watch = Watch::new(operation, self.timeout);
+        let mut watch = self.watch(operation);
         self.form(members, id, &mut watch).map_err(|error| self.fail(error))
     }
 
@@ -406,7 +426,6 @@ impl Engine {
 
     /// Forgets what has been called and moved so far.
     pub(crate) fn forget(&mut self) {
-        self.history.clear();
         (self.sent_bytes, self.received_bytes, self.network_sent_bytes) = (0, 0, 0);
         self.waits = Waits::new(self.transport.world_size());
     }
@@ -484,7 +503,13 @@ impl Engine {
                     &bytemuck::cast_slice(&self.scratch.partial)[..bytes]
                 }
                 Place::Reduced => &bytemuck::cast_slice(&self.scratch.reduced)[..span.len * size],
-                Place::Staged => unreachable!("schedules send nothing from the staging area"),
+                Place::Sum { chunk } => {
+                    let bytes = span.len * running.dtype.accumulator().size();
+                    &bytemuck::cast_slice(&self.scratch.sums[chunk * self.scratch.sums_stride..])[..bytes]
+                }
+                Place::Staged | Place::ReceivedSum { .. } => {
+                    unreachable!("schedules send nothing that they have received only")
+                }
             };
             while !send.frame.is_done() {
                 let sent = send.frame.try_send(&mut *self.transport, peer, payload)?;
@@ -494,7 +519,7 @@ impl Engine {
                 }
                 moved = true;
                 self.sent_bytes += sent as u64;
-                if !self.members.contains(&peer) {
+                if !self.whole && !self.members.contains(&peer) {
                     self.network_sent_bytes += sent as u64;
                 }
             }
@@ -536,6 +561,8 @@ impl Engine {
             Place::Partial => {
                 &mut bytemuck::cast_slice_mut(&mut self.scratch.received_partial)[..span.len * size]
             }
+            Place::Sum { chunk } => self.scratch.sum_mut(chunk, span.len * size),
+            Place::ReceivedSum { chunk } => self.scratch.received_sum_mut(chunk, span.len * size),
             Place::Input | Place::Reduced => unreachable!("schedules never receive to there"),
         };
         let result = loop {
@@ -655,7 +682,8 @@ impl Engine {
     fn hear_bad_news(&mut self, watch: &mut Watch, waiting_for: &[usize]) -> Result<(), Error> {
         for peer in self.peers() {
             // The end of the lane is no news in itself: the data lane knows whether the peer is needed.
-            while let Ok(Some(message)) = self.transport.try_recv_control(peer) {
+            for _ in 0..HEARD_AT_A_TIME {
+                let Ok(Some(message)) = self.transport.try_recv_control(peer) else { break };
                 self.hear(peer, &message, watch, waiting_for)?;
             }
         }
@@ -689,7 +717,13 @@ impl Engine {
             }
             Ok(Control::WhoIsLate) => {}
             Ok(Control::WaitingFor(ranks)) => {
-                watch.late.answers.push((peer, ranks.into_iter().map(|rank| rank as usize).collect()));
+                let world_size = self.transport.world_size();
+                let ranks = ranks.into_iter().map(|rank| rank as usize).filter(|&rank| rank < world_size);
+                // One for each peer, and only when it was asked for.
+                watch.late.answers.retain(|(from, _)| *from != peer);
+                if watch.late.asked_at.is_some() {
+                    watch.late.answers.push((peer, ranks.collect()));
+                }
             }
             Err(reason) => {
                 return Err(Error::PeerLost { operation: watch.operation, rank: peer, reason });
@@ -720,8 +754,7 @@ impl Engine {
     }
 
     fn mismatch(&self, peer: usize, theirs: Operation, operation: Operation) -> Error {
-        let same_number = |ours: &&Operation| ours.number == theirs.number && **ours != theirs;
-        let ours = self.history.iter().rev().find(same_number).copied().unwrap_or(operation);
+        let ours = self.recorded.other_call(&theirs).unwrap_or(operation);
         let calls =
             [Call { rank: self.transport.rank(), operation: ours }, Call { rank: peer, operation: theirs }];
         Error::Mismatch { operation, calls: Box::new(calls) }
@@ -761,6 +794,7 @@ impl Engine {
             self.transport.abort(&Control::Abort(cause).to_bytes(), Instant::now() + ABORT_GRACE);
         }
         self.failed = Some(error.clone());
+        self.flight_recorder.failed(&error);
         error
     }
 
@@ -829,6 +863,19 @@ impl Engine {
             Local::FinishPartial { output } => {
                 kernels(reducer).finish_partial(&scratch.partial, buffers.output_mut(output, size));
             }
+            Local::StartSum { chunk, input } => {
+                let sum = &mut scratch.sums[chunk * scratch.sums_stride..];
+                kernels(reducer).start_partial(buffers.input(input, size), sum);
+            }
+            Local::AddToSum { chunk, len } => {
+                let start = chunk * scratch.sums_stride;
+                let (received, sum) = (&scratch.received_sums[start..], &mut scratch.sums[start..]);
+                kernels(reducer).merge_partials(received, sum, len);
+            }
+            Local::FinishSum { chunk, output } => {
+                let sum = &scratch.sums[chunk * scratch.sums_stride..];
+                kernels(reducer).finish_partial(sum, buffers.output_mut(output, size));
+            }
         }
     }
 }
@@ -840,17 +887,11 @@ fn between_frames(waiting_for: &[usize], receives: &[Incoming]) -> Vec<usize> {
     waiting_for.iter().copied().filter(|&peer| !within(peer)).collect()
 }
 
-impl Watch {
-    fn new(operation: Operation, timeout: Duration) -> Self {
-        let started = Instant::now();
-        Self { operation, started, deadline: started + timeout, late: Late::default() }
-    }
-}
-
 impl HostWaiter<'_> {
     fn watch(&mut self) -> (&mut Engine, &mut Watch) {
-        let timeout = self.engine.timeout;
-        (self.engine, self.watch.get_or_insert_with(|| Watch::new(self.operation, timeout)))
+        let (engine, operation) = (&mut *self.engine, self.operation);
+        let watch = self.watch.get_or_insert_with(|| engine.watch(operation));
+        (engine, watch)
     }
 
     fn hear_bad_news(&mut self) -> Result<(), Error> {
@@ -904,7 +945,12 @@ impl Scratch {
         let partial = round.locals.iter().map(|local| match *local {
             Local::StartPartial { input } | Local::AddToPartial { input } => input.len,
             Local::FinishPartial { output } => output.len,
-            Local::Copy { .. } | Local::ReduceStaged { .. } | Local::ReduceStagedAside { .. } => 0,
+            Local::Copy { .. }
+            | Local::ReduceStaged { .. }
+            | Local::ReduceStagedAside { .. }
+            | Local::StartSum { .. }
+            | Local::AddToSum { .. }
+            | Local::FinishSum { .. } => 0,
         });
         let needed = words(partial.max().unwrap_or(0) * dtype.accumulator().size());
         for buffer in [&mut self.partial, &mut self.received_partial] {
@@ -915,10 +961,29 @@ impl Scratch {
             _ => 0,
         });
         grow(&mut self.reduced, words(aside.max().unwrap_or(0) * dtype.size()));
+        // All sums of a segment begin in one round, so none is in the way of a longer stride.
+        let begun = round.locals.iter().map(|local| match *local {
+            Local::StartSum { input, .. } => input.len,
+            _ => 0,
+        });
+        let longest = words(begun.max().unwrap_or(0) * dtype.accumulator().size());
+        if longest > 0 {
+            self.sums_stride = self.sums_stride.max(longest);
+            grow(&mut self.sums, self.sums_stride * world_size);
+            grow(&mut self.received_sums, self.sums_stride * world_size);
+        }
     }
 
     fn staged(&self, peer: usize, bytes: usize) -> &[u8] {
         &bytemuck::cast_slice(&self.staged[peer * self.staged_stride..])[..bytes]
+    }
+
+    fn sum_mut(&mut self, chunk: usize, bytes: usize) -> &mut [u8] {
+        &mut bytemuck::cast_slice_mut(&mut self.sums[chunk * self.sums_stride..])[..bytes]
+    }
+
+    fn received_sum_mut(&mut self, chunk: usize, bytes: usize) -> &mut [u8] {
+        &mut bytemuck::cast_slice_mut(&mut self.received_sums[chunk * self.sums_stride..])[..bytes]
     }
 
     fn staged_mut(&mut self, peer: usize, bytes: usize) -> &mut [u8] {
@@ -930,7 +995,7 @@ impl Scratch {
 fn wire_size(place: Place, dtype: DType) -> usize {
     match place {
         Place::Input | Place::Output | Place::Staged | Place::Reduced => dtype.size(),
-        Place::Partial => dtype.accumulator().size(),
+        Place::Partial | Place::Sum { .. } | Place::ReceivedSum { .. } => dtype.accumulator().size(),
     }
 }
 

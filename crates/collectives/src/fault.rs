@@ -1,5 +1,6 @@
 //! Bad news from outside: how the owner of a communicator ends an operation that another thread is in.
 
+use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::Waker;
@@ -39,7 +40,20 @@ pub(crate) struct Fault {
     raised: AtomicBool,
     news: Mutex<News>,
     family: Mutex<Family>,
+    listener: Mutex<Listener>,
     waker: Waker,
+}
+
+/// Who wants to hear of deaths at once, and not in the next operation.
+#[derive(Default)]
+struct Listener(Option<Box<OnLoss>>);
+
+type OnLoss = dyn Fn(usize, &str) + Send;
+
+impl fmt::Debug for Listener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Listener").field(&self.0.is_some()).finish()
+    }
 }
 
 /// The communicators split from this one, which hear of the same deaths.
@@ -66,7 +80,8 @@ pub(crate) struct News {
 
 impl Fault {
     pub(crate) fn new(waker: Waker) -> Self {
-        Self { raised: AtomicBool::new(false), news: Mutex::default(), family: Mutex::default(), waker }
+        let (raised, news) = (AtomicBool::new(false), Mutex::default());
+        Self { raised, news, family: Mutex::default(), listener: Mutex::default(), waker }
     }
 
     /// Passes on deaths to `child`, whose ranks are `members` here, from now on and from before.
@@ -78,11 +93,21 @@ impl Fault {
         family.children.push(child);
     }
 
+    /// Has `listener` told of each death from now on and from before, on the thread of whoever tells it.
+    pub(crate) fn on_loss(&self, listener: impl Fn(usize, &str) + Send + 'static) {
+        let deaths = self.family();
+        deaths.deaths.iter().for_each(|(rank, reason)| listener(*rank, reason));
+        *self.listener() = Listener(Some(Box::new(listener)));
+    }
+
     fn peer_lost(&self, rank: usize, reason: &str) {
         let mut family = self.family();
         family.deaths.push((rank, reason.to_owned()));
         // Under the lock, which is taken from the parent down: a child is never adopted in between.
         family.children.iter().for_each(|child| child.peer_lost(rank, reason));
+        if let Listener(Some(listener)) = &*self.listener() {
+            listener(rank, reason);
+        }
         drop(family);
         self.raise(|news| news.lost.push((rank, reason.to_owned())));
     }
@@ -112,6 +137,10 @@ impl Fault {
 
     fn lock(&self) -> MutexGuard<'_, News> {
         self.news.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn listener(&self) -> MutexGuard<'_, Listener> {
+        self.listener.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn family(&self) -> MutexGuard<'_, Family> {
@@ -152,6 +181,19 @@ mod tests {
         assert_eq!([lost(&parent), lost(&child), lost(&grandchild)], [vec![2], vec![1], vec![]]);
         parent.peer_lost(3, "died");
         assert_eq!([lost(&parent), lost(&child)], [vec![3], vec![]], "no member");
+    }
+
+    #[test]
+    fn whoever_listens_hears_of_each_death_once_and_at_once() {
+        let [parent, child] = [(); 2].map(|()| fault());
+        parent.adopt(&child, vec![4, 2]);
+        parent.peer_lost(2, "died");
+        let (tell, heard) = std::sync::mpsc::channel();
+        child.on_loss(move |rank, reason| tell.send((rank, reason.to_owned())).expect("the test listens"));
+        parent.peer_lost(4, "was killed");
+        parent.peer_lost(3, "is no member");
+        let heard: Vec<_> = heard.try_iter().collect();
+        assert_eq!(heard, [(1, "died".to_owned()), (0, "was killed".to_owned())]);
     }
 
     #[test]

@@ -9,9 +9,19 @@
 //! | ring in the order of hosts | 2 h (n - 1)/n S | 3 S |
 //! | two levels: reduce_scatter inside, all_reduce of each slice between hosts, all_gather inside | 2 (h - 1) S | 2 S |
 //!
+//! Of other collectives, with S bytes on a rank in the end:
+//!
+//! | | bytes between hosts, one level | two levels |
+//! |---|---|---|
+//! | broadcast: to a rank of each host, then inside; or a slice by each rank of the root's host | up to (n - m) S | (h - 1) S |
+//! | all_gather: among the ranks with the same place, then block by block inside | (n - m) S | (h - 1) S |
+//! | reduce_scatter, S bytes in: summed inside for each host, then among the ranks with the same place | (n - m) S | (h - 1) S |
+//! | barrier: inside, then among the ranks with the same place | n log2 n headers | n log2 h headers |
+//!
 //! Each rank drives its own slice between the hosts (HiCCL, Hidayetoglu et al. 2024, calls it striping), so
 //! all their links and processors work. Short messages are summed inside the host by everybody, then
-//! exchanged in one step.
+//! exchanged in one step. A rank that has met its host and then its counterparts knows that every rank of
+//! every host has come, since the counterparts have met their hosts before: a barrier needs no third step.
 //!
 //! The bits of a sum are those of one level: a host must hold an aligned block of 2^k ranks, which is a
 //! subtree of the order of summation wherever it stands. Other layouts have one level. Partial sums of
@@ -23,7 +33,8 @@ use crate::dtype::{DType, ReduceOp};
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::kernels::Reducer;
-use crate::operation::{Operation, Step};
+use crate::network::Broadcast;
+use crate::operation::{Kind, Operation, Step};
 use crate::plan::{Plan, Schedule, Shares, Span};
 use crate::shared::Host;
 
@@ -62,6 +73,43 @@ impl Levels {
             host,
         })
     }
+
+    /// Whether collectives of a kind go by levels where there are two.
+    pub(crate) fn serve(kind: Kind) -> bool {
+        match kind {
+            Kind::AllReduce(_)
+            | Kind::Broadcast { .. }
+            | Kind::Barrier
+            | Kind::AllGather
+            | Kind::AllGatherV { .. }
+            | Kind::AllToAllCounts
+            | Kind::Split
+            | Kind::ReduceScatter(_)
+            | Kind::ReduceScatterV { .. } => true,
+            Kind::Reduce { .. }
+            | Kind::Gather { .. }
+            | Kind::Scatter { .. }
+            | Kind::AllToAll
+            | Kind::AllToAllV { .. }
+            | Kind::Message { .. } => false,
+        }
+    }
+
+    /// A plan of the ranks of this host.
+    fn inside(&self, schedule: Schedule, shares: impl Into<Shares>, operation: &Operation) -> Plan {
+        let segment_len = operation.segment_len as usize;
+        Plan::new(schedule, self.members.len(), self.place, shares, segment_len)
+    }
+
+    /// A plan of the ranks with this rank's place on all hosts.
+    fn between(&self, schedule: Schedule, shares: impl Into<Shares>, operation: &Operation) -> Plan {
+        let segment_len = operation.segment_len as usize;
+        Plan::new(schedule, self.counterparts.len(), self.host, shares, segment_len)
+    }
+
+    fn group(&self) -> Group<'_> {
+        Group::Some { members: &self.counterparts, place: self.host }
+    }
 }
 
 /// One all_reduce in levels: what its steps have in common.
@@ -77,14 +125,12 @@ struct Route<'a> {
 impl<'a> Route<'a> {
     /// A plan of the ranks of this host.
     fn inside(&self, schedule: Schedule, shares: impl Into<Shares>) -> Plan {
-        let Levels { members, place, .. } = self.levels;
-        Plan::new(schedule, members.len(), *place, shares, self.operation.segment_len as usize)
+        self.levels.inside(schedule, shares, &self.operation)
     }
 
     /// A plan of the ranks with this rank's place on all hosts.
     fn between(&self, schedule: Schedule, shares: impl Into<Shares>) -> Plan {
-        let Levels { counterparts, host, .. } = self.levels;
-        Plan::new(schedule, counterparts.len(), *host, shares, self.operation.segment_len as usize)
+        self.levels.between(schedule, shares, &self.operation)
     }
 
     /// A step that moves sums.
@@ -93,7 +139,7 @@ impl<'a> Route<'a> {
     }
 
     fn counterparts(&self) -> Group<'a> {
-        Group::Some { members: &self.levels.counterparts, place: self.levels.host }
+        self.levels.group()
     }
 
     /// Sums the ranks of a host. A mean is one division, at the end.
@@ -110,8 +156,198 @@ impl<'a> Route<'a> {
 }
 
 impl Engine {
-    /// Runs an all_reduce inside the hosts and between them.
+    /// Runs a collective that levels [serve](Levels::serve) inside the hosts and between them. `plan` is that
+    /// of all ranks.
     pub(crate) fn run_in_levels(
+        &mut self,
+        host: &mut Host,
+        levels: &Levels,
+        (operation, plan): (Operation, &Plan),
+        mut buffers: Buffers<'_>,
+    ) -> Result<(), Error> {
+        match operation.kind {
+            Kind::AllReduce(op) => self.all_reduce_in_levels(host, levels, (operation, op), buffers),
+            Kind::Broadcast { root } => self.broadcast_in_levels(host, levels, (operation, root), buffers),
+            Kind::Barrier => {
+                let inside = levels.inside(Schedule::Barrier, 0, &operation);
+                self.run_on_host(
+                    host,
+                    operation.into(),
+                    &inside,
+                    None,
+                    buffers.within_output(Starts::default()),
+                )?;
+                let between = levels.between(Schedule::Barrier, 0, &operation);
+                self.run_among(levels.group(), operation.into(), &between, None, buffers)
+            }
+            Kind::ReduceScatter(op) | Kind::ReduceScatterV { op, .. } => {
+                self.reduce_scatter_in_levels(host, levels, (operation, op, plan), buffers)
+            }
+            _ => self.all_gather_in_levels(host, levels, (operation, plan), buffers),
+        }
+    }
+
+    fn broadcast_in_levels(
+        &mut self,
+        host: &mut Host,
+        levels: &Levels,
+        (operation, root): (Operation, usize),
+        mut buffers: Buffers<'_>,
+    ) -> Result<(), Error> {
+        let (hosts, ranks) = (levels.counterparts.len(), levels.members.len());
+        let (root_host, root_place) = (root / ranks, root % ranks);
+        let (count, size) = (operation.count, operation.dtype.size());
+        let between = |engine: &Self, count: usize| {
+            let segment_bytes = operation.segment_len as usize * size;
+            let schedule = match engine.network.broadcast(hosts, count * size, segment_bytes) {
+                Broadcast::Direct => Schedule::BroadcastDirect { root: root_host },
+                Broadcast::Tree => Schedule::BroadcastTree { root: root_host },
+                Broadcast::Chain => Schedule::BroadcastChain { root: root_host },
+            };
+            levels.between(schedule, count, &operation)
+        };
+        let inside = levels.inside(Schedule::BroadcastDirect { root: root_place }, count, &operation);
+        if !self.network.slices_pay(ranks, count * size) {
+            if levels.place == root_place {
+                let plan = between(self, count);
+                let all = buffers.within_output(Starts::default());
+                self.run_among(levels.group(), operation.into(), &plan, None, all)?;
+            }
+            return self.run_on_host(host, operation.into(), &inside, None, buffers);
+        }
+        if levels.host == root_host {
+            let all = buffers.within_output(Starts::default());
+            self.run_on_host(host, operation.into(), &inside, None, all)?;
+        }
+        let slices = levels.inside(Schedule::AllReduceDirect, count, &operation);
+        let own = slices.owned(levels.place);
+        let plan = between(self, own.len);
+        let slice = buffers.within_output(Starts { input: own.start, output: own.start });
+        self.run_among(levels.group(), operation.into(), &plan, None, slice)?;
+        if levels.host != root_host {
+            let gather = levels.inside(Schedule::AllGatherDirect, slices.owned_shares(), &operation);
+            let all = buffers.within_output(Starts { input: own.start, output: 0 });
+            self.run_on_host(host, operation.into(), &gather, None, all)?;
+        }
+        Ok(())
+    }
+
+    /// First each rank gets the shares of all ranks with its place, then the ranks of a host complete the block
+    /// of each host from each other.
+    fn all_gather_in_levels(
+        &mut self,
+        host: &mut Host,
+        levels: &Levels,
+        (operation, plan): (Operation, &Plan),
+        mut buffers: Buffers<'_>,
+    ) -> Result<(), Error> {
+        let share = |rank: usize| {
+            let (_, share) = plan.piece(rank, 0).expect("every rank gathers from every rank");
+            share
+        };
+        let same_place: Vec<Span> = levels.counterparts.iter().map(|&rank| share(rank)).collect();
+        let between = levels.between(Schedule::AllGatherDirect, Shares::placed(&same_place), &operation);
+        let all = buffers.with_output_from(0, operation.dtype.size());
+        self.run_among(levels.group(), operation.into(), &between, None, all)?;
+        let ranks = levels.members.len();
+        for (block, own) in same_place.into_iter().enumerate() {
+            let lens: Vec<usize> = (0..ranks).map(|place| share(block * ranks + place).len).collect();
+            let shares = Shares::by_rank(&lens).expect("together they are a part of a buffer");
+            let inside = levels.inside(Schedule::AllGatherDirect, shares, &operation);
+            let starts = Starts { input: own.start, output: share(block * ranks).start };
+            let shares = buffers.within_output(starts);
+            self.run_on_host(host, operation.into(), &inside, None, shares)?;
+        }
+        Ok(())
+    }
+
+    /// In blocks of some elements of every share, so that the memory for partial sums is bounded.
+    fn reduce_scatter_in_levels(
+        &mut self,
+        host: &mut Host,
+        levels: &Levels,
+        (operation, op, plan): (Operation, ReduceOp, &Plan),
+        mut buffers: Buffers<'_>,
+    ) -> Result<(), Error> {
+        let (dtype, world_size) = (operation.dtype.accumulator(), self.world_size());
+        let route = Route { levels, operation, op, dtype, world_size };
+        let longest = (0..world_size).map(|rank| plan.owned(rank).len).max().unwrap_or(0);
+        let block_len = (WIDE_BLOCK_LEN / world_size).clamp(1, longest.max(1));
+        // The partial sums for the own place on every host, the widened input for one host, the own result.
+        let slots = levels.counterparts.len() + levels.members.len() + 1;
+        let mut scratch =
+            self.take_wide(slots * (block_len * dtype.size()).next_multiple_of(size_of::<u64>()));
+        // One block at least: all ranks must meet, however short the message.
+        for start in (0..longest.max(1)).step_by(block_len) {
+            let piece = |rank: usize| {
+                let share = plan.owned(rank);
+                let from = start.min(share.len);
+                Span { start: share.start + from, len: block_len.min(share.len - from) }
+            };
+            let start = start.min(plan.owned(levels.members[levels.place]).len);
+            self.reduce_scatter_block(host, &route, (&piece, start), &mut buffers, &mut scratch)?;
+        }
+        self.give_wide(scratch);
+        Ok(())
+    }
+
+    /// `piece` says which elements of the input are for a rank, and `start` where they go in its output.
+    fn reduce_scatter_block(
+        &mut self,
+        host: &mut Host,
+        route: &Route<'_>,
+        (piece, start): (&dyn Fn(usize) -> Span, usize),
+        buffers: &mut Buffers<'_>,
+        scratch: &mut [u64],
+    ) -> Result<(), Error> {
+        let Route { levels, operation, dtype, .. } = *route;
+        let (narrow, size) = (operation.dtype, dtype.size());
+        let ranks = levels.members.len();
+        let widths = Reducer::new(narrow, ReduceOp::Sum, 1);
+        let same_place: Vec<usize> = levels.counterparts.iter().map(|&rank| piece(rank).len).collect();
+        let total: usize = same_place.iter().sum();
+        let (sums, rest) = bytemuck::cast_slice_mut::<u64, u8>(scratch)
+            .split_at_mut((total * size).next_multiple_of(size_of::<u64>()));
+        let mut at = 0;
+        for (block, len) in same_place.iter().enumerate() {
+            let pieces: Vec<Span> = (0..ranks).map(|place| piece(block * ranks + place)).collect();
+            let output = &mut sums[at * size..];
+            at += len;
+            if dtype == narrow {
+                let end = pieces.last().map_or(0, |last| last.start + last.len);
+                let inside = route.inside(Schedule::ReduceScatterDirect, Shares::placed(&pieces));
+                let input = buffers.input(Span { start: 0, len: end }, size);
+                let step = Buffers::Separate { input, output };
+                self.run_on_host(host, route.sums(), &inside, route.first_reducer(), step)?;
+                continue;
+            }
+            let lens: Vec<usize> = pieces.iter().map(|piece| piece.len).collect();
+            let mut wide = &mut *rest;
+            for &piece in &pieces {
+                let (into, others) = std::mem::take(&mut wide).split_at_mut(piece.len * size);
+                widths.widen(buffers.input(piece, narrow.size()), into);
+                wide = others;
+            }
+            let shares = Shares::by_rank(&lens).expect("together they are a part of a buffer");
+            let inside = route.inside(Schedule::ReduceScatterDirect, shares);
+            let step = Buffers::Separate { input: rest, output };
+            self.run_on_host(host, route.sums(), &inside, route.first_reducer(), step)?;
+        }
+        let shares = Shares::by_rank(&same_place).expect("together they are a part of a buffer");
+        let between = route.between(Schedule::ReduceScatterDirect, shares);
+        let own = Span { start, len: same_place[levels.host] };
+        if dtype == narrow {
+            let step = Buffers::Separate { input: sums, output: buffers.output_mut(own, size) };
+            return self.run_among(route.counterparts(), route.sums(), &between, route.last_reducer(), step);
+        }
+        let output = &mut rest[..own.len * size];
+        let step = Buffers::Separate { input: sums, output: &mut *output };
+        self.run_among(route.counterparts(), route.sums(), &between, route.last_reducer(), step)?;
+        widths.narrow(output, buffers.output_mut(own, narrow.size()));
+        Ok(())
+    }
+
+    fn all_reduce_in_levels(
         &mut self,
         host: &mut Host,
         levels: &Levels,

@@ -30,6 +30,7 @@
 mod buffer;
 mod communicator;
 mod control;
+pub mod device;
 pub mod dtype;
 mod engine;
 pub mod error;
@@ -40,6 +41,7 @@ mod network;
 pub mod operation;
 pub mod plan;
 mod progress;
+pub mod recorder;
 mod shared;
 mod waits;
 mod work;
@@ -51,5 +53,6 @@ pub use fault::Interrupter;
 #[doc(hidden)]
 pub use kernels::for_benches as kernels_for_benches;
 pub use operation::{Kind, Operation};
+pub use recorder::FlightRecorder;
 pub use shared::registered::SharedBuffer;
 pub use work::Work;

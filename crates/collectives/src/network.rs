@@ -7,12 +7,15 @@
 //! | one-shot all_reduce | a + (n-1) S b + n S c |
 //! | direct all_reduce | 2 a + 2 (n-1)/n S b + S c |
 //! | ring all_reduce | 2 (n-1) a + 2 (n-1)/n S b + S c |
+//! | halving all_reduce, n a power of two | 2 log2 n a + 2 (n-1)/n S b + 2 S c |
+//! | halving all_reduce, any other n, with m the power of two below | (2 log2 m + 2) a + 2 ((m-1)/m + 1) S b + 3 S c |
 //! | direct broadcast | a + (n-1) S b |
 //! | tree broadcast, pipelined | ceil(log2 n) (a + s b) + k S b, for segments of s and the k children of the root |
 //! | chain broadcast, pipelined | (n-1) (a + s b) + S b |
 //!
-//! where c is what a byte takes to be summed. A ring has nothing over a direct exchange in this model, which
-//! knows no congestion: it runs when it is asked for.
+//! where c is what a byte takes to be summed. Neither a ring nor halving has anything over a direct exchange
+//! in this model, which knows no congestion and no cost of a message but its latency: they run when they are
+//! asked for.
 //!
 //! Rank 0 decides for all (`Communicator::tune`): were the numbers each rank's own, two ranks could go
 //! different ways and wait for each other for ever.
@@ -59,6 +62,10 @@ impl Link {
 
 /// Nanoseconds to sum a byte: 10 GB/s, what a core of the last years reads from memory.
 const SUM_PER_BYTE: f64 = 0.1;
+
+/// Nanoseconds of one more meeting of the ranks of a host: ten times what it takes where each has a processor
+/// of its own, since the others may have something else to do.
+const MEETING: f64 = 1_000.0;
 
 /// A link that is not measured: a fast local network.
 const DEFAULT_LATENCY: f64 = 30_000.0;
@@ -115,9 +122,27 @@ impl Network {
         }
     }
 
+    /// Whether a broadcast of `bytes` bytes between hosts of `ranks` ranks is better carried by all ranks of
+    /// the root's host, a slice each, than by the root alone. It takes one more pass through the memory of a
+    /// host, and saves a link the time of all slices but one, once or more often.
+    pub(crate) fn slices_pay(&self, ranks: usize, bytes: usize) -> bool {
+        let (all, slice) = (bytes as f64, bytes.div_ceil(ranks) as f64);
+        (all - slice) * self.per_byte > all * SUM_PER_BYTE + MEETING
+    }
+
     /// The microseconds that an all_reduce should take in one step, and by owners.
     pub(crate) fn all_reduce_micros(&self, ranks: usize, bytes: usize) -> [f64; 2] {
         [self.one_shot(ranks, bytes) / 1000.0, self.direct(ranks, bytes) / 1000.0]
+    }
+
+    /// The same by recursive halving and doubling.
+    pub(crate) fn halving_micros(&self, ranks: usize, bytes: usize) -> f64 {
+        let (seats, s) = (1usize << ranks.max(1).ilog2(), bytes as f64);
+        let (m, folded) = (seats as f64, f64::from(seats < ranks));
+        let latencies = 2.0 * m.log2() + 2.0 * folded;
+        let wholes = 2.0 * ((m - 1.0) / m + folded);
+        let sums = (2.0 + folded) * s * SUM_PER_BYTE;
+        (latencies * self.latency + wholes * s * self.per_byte + sums) / 1000.0
     }
 
     /// The model in words, for `--explain`.
@@ -236,6 +261,8 @@ fn median(numbers: &mut [f64]) -> Option<f64> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn link(micros: u64, per_byte: f64) -> Option<Link> {
@@ -279,6 +306,18 @@ mod tests {
     }
 
     #[test]
+    fn halving_costs_more_latencies_than_a_direct_exchange_and_the_bytes_of_a_fold() {
+        let network = Network::of(&rows(8, 10, 1.0));
+        let [_, direct] = network.all_reduce_micros(8, 0);
+        assert_eq!([direct, network.halving_micros(8, 0)], [20.0, 60.0]);
+        let [_, direct] = network.all_reduce_micros(8, 1 << 20);
+        let halving = network.halving_micros(8, 1 << 20);
+        assert!(direct < halving && halving < 1.2 * direct, "{direct} {halving}");
+        assert!(network.halving_micros(9, 1 << 20) > 1.9 * halving, "nine ranks fold one");
+        assert!(network.halving_micros(1, 0) == 0.0);
+    }
+
+    #[test]
     fn a_broadcast_is_direct_for_few_a_tree_for_many_and_a_chain_for_long_ones() {
         let network = Network::of(&rows(32, 30, 1.0));
         let segment = 256 * 1024;
@@ -286,6 +325,14 @@ mod tests {
         assert_eq!(network.broadcast(32, 100, segment), Broadcast::Direct);
         assert_eq!(network.broadcast(32, 100_000, segment), Broadcast::Tree);
         assert_eq!(network.broadcast(32, 1 << 28, segment), Broadcast::Chain);
+    }
+
+    #[test]
+    fn long_broadcasts_are_carried_by_all_ranks_of_a_host() {
+        let network = Network::of(&rows(4, 30, 1.0));
+        assert!(!network.slices_pay(2, 100) && network.slices_pay(2, 1 << 20));
+        let fast = Network::of(&rows(4, 30, 0.01));
+        assert!(!fast.slices_pay(2, 1 << 20), "memory is no faster than this network");
     }
 
     #[test]
@@ -320,5 +367,24 @@ mod tests {
         (rows[0][2], rows[2][0]) = (link(100, 2.5), link(100, 2.5));
         let slow: Vec<_> = slow_links(&rows).into_iter().map(|(from, to, _)| (from, to)).collect();
         assert_eq!(slow, [(1, 3), (0, 2)]);
+    }
+
+    proptest! {
+        #[test]
+        fn any_numbers_are_a_model_of_this_world_or_none(
+            words in prop::collection::vec(prop_oneof![0..5_u64, any::<u64>()], 0..8), world_size in 1..5_usize,
+        ) {
+            if let Some(network) = Network::from_words(&words, world_size) {
+                prop_assert_eq!(network.ring.len(), world_size);
+                prop_assert!(network.ring.iter().all(|&rank| rank < world_size));
+                prop_assert!(network.latency.is_finite() && network.per_byte.is_finite());
+            }
+        }
+
+        #[test]
+        fn any_numbers_are_a_link_or_none(words: [u64; 2]) {
+            let sound = |link: Link| link.per_byte.is_finite() && link.per_byte >= 0.0;
+            prop_assert!(Link::from_words(words).is_none_or(sound));
+        }
     }
 }

@@ -114,6 +114,16 @@ impl Operation {
     /// ```
     /// `a` is the root, the sender or the digest of the counts; `b` is the receiver of a message, else the segment length.
     pub(crate) fn to_prefix(self, index: u32) -> Prefix {
+        let mut bytes = [0; PREFIX_BYTES];
+        for (bytes, word) in bytes.as_chunks_mut().0.iter_mut().zip(self.to_words(index)) {
+            *bytes = word.to_le_bytes();
+        }
+        bytes
+    }
+
+    /// The header's words, each of which is little-endian in it.
+    #[inline]
+    pub(crate) fn to_words(self, index: u32) -> [u64; PREFIX_BYTES / 8] {
         let (code, op, a, b) = match self.kind {
             Kind::AllReduce(op) => (1, op as u8, 0, self.segment_len),
             Kind::ReduceScatter(op) => (2, op as u8, 0, self.segment_len),
@@ -131,34 +141,39 @@ impl Operation {
             Kind::AllToAllV { counts } => (14, 0, counts, self.segment_len),
             Kind::Split => (15, 0, 0, self.segment_len),
         };
-        let mut bytes = [0; PREFIX_BYTES];
-        bytes[0..8].copy_from_slice(&self.number.to_le_bytes());
-        bytes[8..16].copy_from_slice(&(self.count as u64).to_le_bytes());
-        bytes[16..20].copy_from_slice(&index.to_le_bytes());
-        bytes[20..24].copy_from_slice(&a.to_le_bytes());
-        bytes[24..28].copy_from_slice(&b.to_le_bytes());
-        bytes[28..32].copy_from_slice(&[self.schedule, self.dtype as u8, op, code]);
-        bytes
+        let last = u32::from_le_bytes([self.schedule, self.dtype as u8, op, code]);
+        let two = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+        [self.number, self.count as u64, two(index, a), two(b, last)]
     }
 
     /// The operation and the frame index of a header, or `None` if no release of this format wrote it.
     pub(crate) fn from_prefix(bytes: &Prefix) -> Option<(Self, u32)> {
-        let u32_at = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
-        let u64_at = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
-        let (a, b) = (u32_at(20), u32_at(24));
-        let kind = match bytes[31] {
-            1 => Kind::AllReduce(ReduceOp::from_wire(bytes[30])?),
-            2 => Kind::ReduceScatter(ReduceOp::from_wire(bytes[30])?),
+        let mut words = [0; PREFIX_BYTES / 8];
+        for (word, bytes) in words.iter_mut().zip(bytes.as_chunks().0) {
+            *word = u64::from_le_bytes(*bytes);
+        }
+        Self::from_words(words)
+    }
+
+    /// [`from_prefix`](Self::from_prefix) of the header's words.
+    pub(crate) fn from_words(
+        [number, count, index_a, b_last]: [u64; PREFIX_BYTES / 8],
+    ) -> Option<(Self, u32)> {
+        let (index, a, b) = (index_a as u32, (index_a >> 32) as u32, b_last as u32);
+        let [schedule, dtype, op, code] = ((b_last >> 32) as u32).to_le_bytes();
+        let kind = match code {
+            1 => Kind::AllReduce(ReduceOp::from_wire(op)?),
+            2 => Kind::ReduceScatter(ReduceOp::from_wire(op)?),
             3 => Kind::AllGather,
             4 => Kind::Broadcast { root: a as usize },
             5 => Kind::Barrier,
             6 => Kind::Message { from: a as usize, to: b as usize },
-            7 => Kind::Reduce { op: ReduceOp::from_wire(bytes[30])?, root: a as usize },
+            7 => Kind::Reduce { op: ReduceOp::from_wire(op)?, root: a as usize },
             8 => Kind::Gather { root: a as usize },
             9 => Kind::Scatter { root: a as usize },
             10 => Kind::AllToAll,
             11 => Kind::AllGatherV { counts: a },
-            12 => Kind::ReduceScatterV { op: ReduceOp::from_wire(bytes[30])?, counts: a },
+            12 => Kind::ReduceScatterV { op: ReduceOp::from_wire(op)?, counts: a },
             13 => Kind::AllToAllCounts,
             14 => Kind::AllToAllV { counts: a },
             15 => Kind::Split,
@@ -166,14 +181,14 @@ impl Operation {
         };
         let segment_len = if matches!(kind, Kind::Message { .. }) { 0 } else { b };
         let operation = Self {
-            number: u64_at(0),
+            number,
             kind,
-            dtype: DType::from_wire(bytes[29])?,
-            count: usize::try_from(u64_at(8)).ok()?,
+            dtype: DType::from_wire(dtype)?,
+            count: usize::try_from(count).ok()?,
             segment_len,
-            schedule: bytes[28],
+            schedule,
         };
-        Some((operation, u32_at(16)))
+        Some((operation, index))
     }
 
     /// The operation's name as MPI and NCCL spell it in lower case.
@@ -277,6 +292,8 @@ pub(crate) fn digest(counts: &[usize]) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -350,6 +367,22 @@ mod tests {
             let mut bad = good;
             bad[at] = 99;
             assert_eq!(Operation::from_prefix(&bad), None, "byte {at}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_header_is_an_operation_or_none(mut bytes: Prefix, known: bool) {
+            if known {
+                // Codes that exist, or nearly all headers would be none.
+                bytes[29..].iter_mut().for_each(|byte| *byte = *byte % 15 + 1);
+            }
+            if let Some((operation, index)) = Operation::from_prefix(&bytes) {
+                // Places that a kind does not use may hold anything.
+                prop_assert_eq!(Operation::from_prefix(&operation.to_prefix(index)), Some((operation, index)));
+                prop_assert!(!operation.name().is_empty());
+                prop_assert!(!operation.rules_out(&operation));
+            }
         }
     }
 }

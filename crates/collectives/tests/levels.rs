@@ -144,6 +144,166 @@ fn two_hosts_of_two_send_half_of_what_a_direct_exchange_among_all_ranks_sends() 
     assert!(levels / whole >= 2.0, "no way sends less than 2 S: the counter counts too little");
 }
 
+/// The results of reduce_scatters of short and long, even and uneven shares, as bytes; the last shares are
+/// longer than what is summed at a time.
+fn all_scattered<T: Element>(communicator: &mut Communicator, number: fn(f64) -> T) -> Vec<u8> {
+    let (rank, world_size) = (communicator.rank(), communicator.world_size());
+    let mut all = Vec::new();
+    let of_rank = |len: usize| -> Vec<T> { (0..len).map(|i| number(element(rank, i))).collect() };
+    for share in [0usize, 1, 5, 3000, (1 << 18) + 3] {
+        let input = of_rank(share * world_size);
+        for op in [ReduceOp::Sum, ReduceOp::Avg, ReduceOp::Max] {
+            let mut output = vec![number(0.0); share];
+            communicator.reduce_scatter(&input, &mut output, op).expect("all ranks call");
+            let mut in_place = input.clone();
+            communicator.reduce_scatter_in_place(&mut in_place, op).expect("all ranks call");
+            let own = rank * share..(rank + 1) * share;
+            assert!(bytes_of(&output) == bytes_of(&in_place[own.clone()]), "{share} {op:?}: in place or not");
+            assert!(
+                bytes_of(&input[..own.start]) == bytes_of(&in_place[..own.start]),
+                "others are left alone"
+            );
+            assert!(bytes_of(&input[own.end..]) == bytes_of(&in_place[own.end..]), "others are left alone");
+            all.extend_from_slice(bytes_of(&output));
+        }
+        let counts: Vec<usize> = (0..world_size).map(|rank| rank * 37 % 5 * share / 2).collect();
+        let input = of_rank(counts.iter().sum());
+        let mut output = vec![number(0.0); counts[rank]];
+        communicator.reduce_scatter_v(&input, &mut output, &counts, ReduceOp::Sum).expect("all ranks call");
+        all.extend_from_slice(bytes_of(&output));
+    }
+    all
+}
+
+#[test]
+fn scattered_sums_have_the_same_bits_whatever_the_hosts() {
+    for (world_size, block) in [(4, 2), (6, 2), (8, 4)] {
+        let config = Config::default();
+        let layouts = [Sharing::Off, Sharing::WithinBlocks(block)];
+        let singles = |communicator: &mut Communicator| all_scattered(communicator, |number| number as f32);
+        let [flat, levels] = layouts.map(|sharing| on_ranks(world_size, sharing, &config, singles));
+        assert!(flat == levels, "f32, {world_size} ranks by {block}");
+        let halves = |communicator: &mut Communicator| all_scattered(communicator, bf16::from_f64);
+        let [flat, levels] = layouts.map(|sharing| on_ranks(world_size, sharing, &config, halves));
+        assert!(flat == levels, "bf16, {world_size} ranks by {block}");
+    }
+}
+
+#[test]
+fn a_reduce_scatter_sends_partial_sums_of_a_host_once() {
+    const LEN: usize = 1 << 18;
+    let sent = sent_between_hosts(|communicator| {
+        let mut output = vec![0i32; LEN];
+        communicator
+            .reduce_scatter(&vec![1i32; 4 * LEN], &mut output, ReduceOp::Sum)
+            .expect("all ranks call");
+        assert!(output.iter().all(|&sum| sum == 4));
+    });
+    assert!(sent.iter().all(|&sent| is_about(sent, LEN * size_of::<i32>())), "{sent:?}");
+}
+
+/// Broadcasts from every root and all_gathers of every kind, of short and long buffers, as bytes.
+fn all_copies(communicator: &mut Communicator) -> Vec<u8> {
+    let (rank, world_size) = (communicator.rank(), communicator.world_size());
+    let mut all = Vec::new();
+    for len in [0usize, 1, 5, 1000, 100_003] {
+        for root in 0..world_size {
+            let mut buffer: Vec<i32> = (0..len).map(|i| (rank * 1_000_000 + i) as i32).collect();
+            communicator.broadcast(&mut buffer, root).expect("all ranks call");
+            let expected = (0..len).map(|i| (root * 1_000_000 + i) as i32);
+            assert!(buffer.into_iter().eq(expected), "{len} elements from {root}");
+        }
+        let share = len / 4;
+        let input: Vec<u16> = (0..share).map(|i| (rank * 7 + i) as u16).collect();
+        let input: Vec<bf16> = input.into_iter().map(bf16::from_bits).collect();
+        let mut output = vec![bf16::ZERO; share * world_size];
+        communicator.all_gather(&input, &mut output).expect("all ranks call");
+        let mut in_place = vec![bf16::ZERO; share * world_size];
+        in_place[rank * share..][..share].copy_from_slice(&input);
+        communicator.all_gather_in_place(&mut in_place).expect("all ranks call");
+        assert!(bytes_of(&output) == bytes_of(&in_place), "{share}: in place or not");
+        let counts: Vec<usize> = (0..world_size).map(|rank| rank * 37 % 5 * len / 8).collect();
+        let input: Vec<u8> = (0..counts[rank]).map(|i| (rank * 31 + i) as u8).collect();
+        let mut uneven = vec![0u8; counts.iter().sum()];
+        communicator.all_gather_v(&input, &mut uneven, &counts).expect("all ranks call");
+        let expected = (0..world_size).flat_map(|rank| (0..counts[rank]).map(move |i| (rank * 31 + i) as u8));
+        assert!(uneven.iter().copied().eq(expected), "shares of {counts:?}");
+        all.extend([bytes_of(&output), bytes_of(&uneven)].concat());
+    }
+    all
+}
+
+#[test]
+fn copies_are_right_whatever_the_hosts() {
+    for (world_size, block) in [(4, 2), (6, 2), (8, 4), (6, 3)] {
+        let config = Config::default();
+        let flat = on_ranks(world_size, Sharing::Off, &config, all_copies);
+        let levels = on_ranks(world_size, Sharing::WithinBlocks(block), &config, all_copies);
+        assert!(flat.iter().chain(&levels).all(|bits| *bits == flat[0]), "{world_size} ranks by {block}");
+    }
+}
+
+/// What each rank of two hosts of two sends to the other host in `call`.
+fn sent_between_hosts(call: impl Fn(&mut Communicator) + Clone + Send + 'static) -> Vec<u64> {
+    on_ranks(4, Sharing::WithinBlocks(2), &Config::default(), move |communicator| {
+        let before = communicator.statistics().network_sent_bytes;
+        call(communicator);
+        communicator.statistics().network_sent_bytes - before
+    })
+}
+
+/// Frames' heads, in proportion to long messages.
+fn is_about(sent: u64, bytes: usize) -> bool {
+    (bytes as f64..=bytes as f64 * 1.01).contains(&(sent as f64))
+}
+
+#[test]
+fn a_broadcast_crosses_to_each_host_once_and_in_slices_when_it_is_long() {
+    const LEN: usize = 1 << 20;
+    for root in 0..4 {
+        let long = sent_between_hosts(move |communicator| {
+            communicator.broadcast(&mut vec![1u8; LEN], root).expect("all ranks call");
+        });
+        let slices = |rank: usize| if rank / 2 == root / 2 { LEN / 2 } else { 0 };
+        assert!((0..4).all(|rank| is_about(long[rank], slices(rank))), "{long:?}");
+        let short = sent_between_hosts(move |communicator| {
+            communicator.broadcast(&mut [1u8; 100], root).expect("all ranks call");
+        });
+        assert!((0..4).all(|rank| (short[rank] >= 100) == (rank == root)), "{short:?}");
+        assert!(short.iter().sum::<u64>() < 200, "{short:?}");
+    }
+}
+
+#[test]
+fn shares_of_an_all_gather_cross_to_each_host_once() {
+    const LEN: usize = 1 << 18;
+    let sent = sent_between_hosts(|communicator| {
+        communicator.all_gather(&vec![1u8; LEN], &mut vec![0; 4 * LEN]).expect("all ranks call");
+    });
+    assert!(sent.iter().all(|&sent| is_about(sent, LEN)), "{sent:?}");
+}
+
+#[test]
+fn ranks_of_a_barrier_send_one_message_for_each_doubling_of_the_hosts() {
+    let sent = sent_between_hosts(|communicator| communicator.barrier().expect("all ranks call"));
+    assert!(sent.iter().all(|&bytes| bytes == sent[0] && (1..=64).contains(&bytes)), "{sent:?}");
+}
+
+#[test]
+fn nobody_leaves_a_barrier_of_several_hosts_before_everybody_has_entered() {
+    let entered = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    on_ranks(6, Sharing::WithinBlocks(2), &Config::default(), move |communicator| {
+        use std::sync::atomic::Ordering::SeqCst;
+        for turn in 1..=200 {
+            entered.fetch_add(1, SeqCst);
+            communicator.barrier().expect("all ranks call");
+            assert!(entered.load(SeqCst) >= turn * 6, "turn {turn}");
+            // So that nobody enters the next while others still look.
+            communicator.barrier().expect("all ranks call");
+        }
+    });
+}
+
 #[test]
 fn after_a_probe_all_ranks_go_the_same_way() {
     for (world_size, sharing) in [(2, Sharing::Off), (5, Sharing::Off), (4, Sharing::WithinBlocks(2))] {

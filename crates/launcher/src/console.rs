@@ -10,7 +10,8 @@
 //! one such line at a time, and it stays below the others.
 
 use std::fmt::Debug;
-use std::io;
+use std::fs::File;
+use std::io::{self, Write};
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -135,10 +136,13 @@ impl Console {
     }
 
     /// Where the bytes that one rank writes to one stream go.
-    pub fn rank_output(&self, source: Source) -> RankOutput {
+    pub fn rank_output(&self, source: Source, route: Route) -> RankOutput {
+        let text = route.prefix.clone().unwrap_or_else(|| format!("[{}]: ", source.rank));
         RankOutput {
-            prefix: prefix(source.rank, self.is_coloured(source.stream)),
+            prefix: prefix(&text, source.rank, self.is_coloured(source.stream)),
+            plain: text.into_bytes(),
             source,
+            route,
             lines: Lines::default(),
             tail: Tail::default(),
             console: self.clone(),
@@ -199,11 +203,58 @@ impl io::Write for LogWriter {
     }
 }
 
+/// Where one stream of one rank goes.
+#[derive(Debug, Default)]
+pub struct Route {
+    /// What stands in front of each line; `None` for `[rank]: `.
+    pub prefix: Option<String>,
+    /// Whether it is printed.
+    pub to_console: bool,
+    /// The log file, which gets the bytes as they are.
+    pub file: Option<File>,
+    /// One more file, for some of the lines.
+    pub copied: Option<Copied>,
+}
+
+/// A file for lines that contain one of the words, each with its prefix. Ranks share it.
+#[derive(Debug)]
+pub struct Copied {
+    /// The file.
+    pub file: Arc<File>,
+    /// The words.
+    pub words: Vec<String>,
+}
+
+impl Route {
+    /// Writes to the log file. A disk that is full must not end the job: it goes on without a log.
+    fn log(&mut self, bytes: &[u8]) {
+        if let Some(file) = &mut self.file
+            && let Err(e) = file.write_all(bytes)
+        {
+            tracing::warn!(error = %e, "cannot write a log file any more");
+            self.file = None;
+        }
+    }
+}
+
+impl Copied {
+    fn add(&self, prefix: &[u8], line: &[u8]) {
+        let has = |word: &String| line.windows(word.len().max(1)).any(|part| part == word.as_bytes());
+        if self.words.iter().any(has) {
+            // As with the log: the job goes on without.
+            let _ = (&*self.file).write_all(&[prefix, line, b"\n"].concat());
+        }
+    }
+}
+
 /// One stream of one rank: cuts it into lines, puts the rank in front, and remembers the last ones.
 #[derive(Debug)]
 pub struct RankOutput {
     source: Source,
+    route: Route,
     prefix: Vec<u8>,
+    /// The same without colours.
+    plain: Vec<u8>,
     lines: Lines,
     tail: Tail,
     console: Console,
@@ -212,10 +263,16 @@ pub struct RankOutput {
 impl RankOutput {
     /// Takes bytes as they come from the rank. Does not block.
     pub fn push(&mut self, bytes: &[u8]) {
+        self.route.log(bytes);
         let mut text = Vec::with_capacity(bytes.len() + bytes.len() / 8);
-        self.lines.push(bytes, |line| add_line(&mut text, &mut self.tail, &self.prefix, line));
+        let copied = self.route.copied.as_ref();
+        self.lines.push(bytes, |line| {
+            add_line(&mut text, &mut self.tail, &self.prefix, line);
+            copied.into_iter().for_each(|copied| copied.add(&self.plain, line));
+        });
         self.print(text);
         if let Some(live) = self.lines.live()
+            && self.route.to_console
             && self.console.is_terminal(self.source.stream)
         {
             let bytes = [&self.prefix, live].concat();
@@ -226,7 +283,11 @@ impl RankOutput {
     /// Prints what the rank wrote last without an end of line.
     pub fn finish(&mut self) {
         let mut text = Vec::new();
-        self.lines.finish(|line| add_line(&mut text, &mut self.tail, &self.prefix, line));
+        let copied = self.route.copied.as_ref();
+        self.lines.finish(|line| {
+            add_line(&mut text, &mut self.tail, &self.prefix, line);
+            copied.into_iter().for_each(|copied| copied.add(&self.plain, line));
+        });
         self.print(text);
     }
 
@@ -236,7 +297,7 @@ impl RankOutput {
     }
 
     fn print(&self, bytes: Vec<u8>) {
-        if !bytes.is_empty() {
+        if !bytes.is_empty() && self.route.to_console {
             let source = Some(self.source);
             self.console.send(Message::Text { stream: self.source.stream, source, bytes });
         }
@@ -250,12 +311,12 @@ fn add_line(text: &mut Vec<u8>, tail: &mut Tail, prefix: &[u8], line: &[u8]) {
     tail.push(line);
 }
 
-/// `[rank]: `, in a colour of the rank's own if `coloured`. Red is left out: it would look like an error.
-fn prefix(rank: u32, coloured: bool) -> Vec<u8> {
+/// What stands in front of a line, in a colour of the rank's own if `coloured`. Red is left out: it would look like an
+/// error.
+fn prefix(plain: &str, rank: u32, coloured: bool) -> Vec<u8> {
     const COLOURS: [u8; 5] = [36, 33, 32, 35, 34];
-    let plain = format!("[{rank}]: ");
     if !coloured {
-        return plain.into_bytes();
+        return plain.as_bytes().to_vec();
     }
     format!("\x1b[{}m{plain}\x1b[0m", COLOURS[rank as usize % COLOURS.len()]).into_bytes()
 }
@@ -396,8 +457,8 @@ mod tests {
 
     #[test]
     fn prefixes_have_the_rank_and_a_colour_only_if_wanted() {
-        assert_eq!(prefix(12, false), b"[12]: ");
-        assert_eq!(prefix(1, true), b"\x1b[33m[1]: \x1b[0m");
-        assert_ne!(prefix(0, true)[..5], prefix(1, true)[..5]);
+        assert_eq!(prefix("[12]: ", 12, false), b"[12]: ");
+        assert_eq!(prefix("[1]: ", 1, true), b"\x1b[33m[1]: \x1b[0m");
+        assert_ne!(prefix("", 0, true)[..5], prefix("", 1, true)[..5]);
     }
 }

@@ -3,11 +3,11 @@
 //! Workers get theirs by path: a file with mode 0600 in a folder with mode 0700. A renewed one takes the place of the
 //! old one in one step (rename), so that a worker reads the one or the other and never half of each.
 
-use std::fs::{self, OpenOptions, Permissions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Weak;
+use std::sync::{Mutex, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
 use paceline_runtime::nodes::launcher;
@@ -15,6 +15,7 @@ use paceline_runtime::rendezvous::worker;
 use paceline_runtime::renewal;
 use paceline_transport::identity::{Identity, JobAuthority};
 use paceline_transport::quic::IoHandle;
+use rustix::process::geteuid;
 use tempfile::TempDir;
 
 use crate::cli::RunArgs;
@@ -24,6 +25,49 @@ use crate::secret;
 /// The longest sleep between two looks at the clock, which goes on while a machine is suspended.
 const LONGEST_SLEEP: Duration = Duration::from_secs(60);
 
+/// Where keys were stored: a launcher that is stopped while another thread waits for other machines does not run that
+/// thread's destructors.
+static STORED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// Removes all keys that were stored, before the process ends without their owner.
+pub fn remove_stored() {
+    for folder in STORED.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+        // Gone already, as a rule.
+        let _ = fs::remove_dir_all(folder);
+    }
+}
+
+/// What the names of folders begin with that only this user can read.
+const PREFIX: &str = "paceline-";
+
+/// The file in a folder of keys that is locked while they are in use. The lock ends with the process, also by SIGKILL.
+const HOLD: &str = "in-use";
+
+/// Says that the folder is in use, for as long as the file is open: another launcher removes it then.
+pub fn hold(folder: &Path) -> io::Result<File> {
+    let fresh = folder.join("fresh");
+    let file = File::create_new(&fresh)?;
+    file.lock()?;
+    // Nobody sees it before it is locked.
+    fs::rename(fresh, folder.join(HOLD))?;
+    Ok(file)
+}
+
+/// Removes the folders with keys and sockets that launchers of this user have left behind in that place when they were killed.
+fn remove_stale(place: &Path) {
+    for entry in fs::read_dir(place).into_iter().flatten().flatten() {
+        // Another user's might have no end: opening a pipe waits for who writes to it.
+        let is_own = |found: fs::Metadata| found.is_dir() && found.uid() == geteuid().as_raw();
+        let is_ours =
+            entry.file_name().to_string_lossy().starts_with(PREFIX) && entry.metadata().is_ok_and(is_own);
+        let unused = |hold: File| hold.try_lock().is_ok();
+        if is_ours && File::open(entry.path().join(HOLD)).is_ok_and(unused) {
+            // It may be gone meanwhile, or another user's.
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
 /// The identities of the launcher and of the ranks of this machine.
 pub struct Credentials {
     launcher: Identity,
@@ -32,8 +76,8 @@ pub struct Credentials {
 
 /// Where the workers' certificates are.
 enum Workers {
-    /// In files of ours.
-    Ours(TempDir),
+    /// In files of ours, which are in use for as long as one of them is open.
+    Ours { folder: TempDir, _hold: File },
     /// In folders that somebody else fills and renews.
     Given(PathBuf),
 }
@@ -56,6 +100,24 @@ pub fn issue(
     members.iter().map(|member| authority.issue(member, valid_for)).collect()
 }
 
+/// A folder for this user alone: where temporary files go, or in the memory that containers have whose root is read-only.
+///
+/// # Errors
+/// What the system said of the first.
+pub fn private_folder() -> io::Result<TempDir> {
+    private_folder_in(&std::env::temp_dir())
+        .or_else(|e| private_folder_in("/dev/shm".as_ref()).map_err(|_| e))
+}
+
+/// A folder that only this user can read, in that one.
+///
+/// # Errors
+/// What the system said.
+pub fn private_folder_in(place: &Path) -> io::Result<TempDir> {
+    let mut folder = tempfile::Builder::new();
+    folder.prefix(PREFIX).permissions(Permissions::from_mode(0o700)).tempdir_in(place)
+}
+
 impl Credentials {
     /// Stores identities of all members of this machine, the launcher's first, which stays in memory.
     ///
@@ -66,14 +128,15 @@ impl Credentials {
             what: "cannot store the ranks' certificates".to_owned(),
             why: e.to_string(),
         };
-        let private = Permissions::from_mode(0o700);
-        let folder = tempfile::Builder::new().prefix("paceline-").permissions(private).tempdir();
-        let folder = folder.map_err(|e| stored(&e))?;
+        let folder = private_folder().map_err(|e| stored(&e))?;
+        folder.path().parent().into_iter().for_each(remove_stale);
+        let _hold = hold(folder.path()).map_err(|e| stored(&e))?;
+        STORED.lock().unwrap_or_else(PoisonError::into_inner).push(folder.path().to_owned());
         let (launcher, workers) = identities.split_first().expect("a launcher is a member");
         for worker in workers {
             write(&path(folder.path(), worker.member()), worker).map_err(|e| stored(&e))?;
         }
-        Ok(Self { launcher: launcher.clone(), workers: Workers::Ours(folder) })
+        Ok(Self { launcher: launcher.clone(), workers: Workers::Ours { folder, _hold } })
     }
 
     /// Takes certificates that others have made: in `folder`, a folder for each member of this machine.
@@ -107,7 +170,7 @@ impl Credentials {
     /// The file or folder of a worker.
     pub fn path(&self, rank: usize) -> PathBuf {
         match &self.workers {
-            Workers::Ours(folder) => path(folder.path(), &worker(rank)),
+            Workers::Ours { folder, .. } => path(folder.path(), &worker(rank)),
             Workers::Given(folder) => folder.join(worker(rank)),
         }
     }
@@ -125,7 +188,7 @@ impl Credentials {
     /// # Errors
     /// In words: the operating system's reason, or that an identity is another member's.
     pub fn renew(&self, fresh: &[Identity]) -> Result<(), String> {
-        let Workers::Ours(folder) = &self.workers else { return Err("others renew them".to_owned()) };
+        let Workers::Ours { folder, .. } = &self.workers else { return Err("others renew them".to_owned()) };
         let (launcher, workers) = fresh.split_first().ok_or("no identities")?;
         self.launcher.renew(launcher).map_err(|e| e.to_string())?;
         for worker in workers {
@@ -189,6 +252,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn keys_of_a_launcher_that_was_killed_are_removed_and_others_are_not() {
+        let place = tempfile::tempdir().expect("a folder");
+        let [dead, live, foreign] =
+            ["paceline-dead", "paceline-live", "paceline-logs"].map(|name| place.path().join(name));
+        [&dead, &live, &foreign].into_iter().for_each(|folder| fs::create_dir(folder).expect("made"));
+        drop(hold(&dead).expect("held"));
+        let held = hold(&live).expect("held");
+        remove_stale(place.path());
+        assert!(!dead.exists() && live.exists() && foreign.exists());
+        drop(held);
+        remove_stale(place.path());
+        assert!(!live.exists());
+    }
+
+    #[test]
     fn renewed_files_replace_the_old_ones_and_nobody_else_can_read_them() {
         let authority = JobAuthority::new("job").expect("a name");
         let members = ["launcher-1", "worker-2", "worker-3"].map(str::to_owned);
@@ -207,8 +285,8 @@ mod tests {
         }
         assert_eq!(
             fs::read_dir(credentials.path(2).parent().expect("a folder")).expect("a folder").count(),
-            2,
-            "nothing is left over"
+            3,
+            "the two and what says that they are in use"
         );
         let other = JobAuthority::new("job").expect("a name");
         let foreign = super::issue(&other, &members, Duration::from_secs(60)).expect("names");

@@ -17,6 +17,14 @@ pub enum Error {
         /// As it was written on the command line.
         program: String,
     },
+    /// What was to be run by Python is not there.
+    #[error(
+        "{script}: no such file for Python to run; write -- in front of what is no script: paceline run -- {script}"
+    )]
+    ScriptMissing {
+        /// As it was written on the command line.
+        script: String,
+    },
     /// There is a file, but it cannot be executed.
     #[error("{program} cannot be executed: {why}")]
     ProgramNotExecutable {
@@ -77,7 +85,7 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Error::Usage(_) | Error::Endpoint { .. } | Error::FileLimit { .. } => 2,
-            Error::ProgramMissing { .. } => 127,
+            Error::ProgramMissing { .. } | Error::ScriptMissing { .. } => 127,
             Error::ProgramNotExecutable { .. } => 126,
             Error::System { .. } | Error::Nodes { .. } => 1,
         }

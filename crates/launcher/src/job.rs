@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal};
 
-use crate::ending::{Ending, code_for_signal};
+use crate::ending::{Ending, code_for_signal, signal_in_words};
 
 /// What the others have, after the first failure, to end on their own: a rank is told of a lost peer within a second
 /// (docs: "It does not hang"), and needs about another to print a traceback and unload its libraries.
@@ -28,6 +28,7 @@ const ONE_REQUEST: Duration = Duration::from_millis(300);
 #[derive(Debug)]
 pub struct Job {
     grace: Duration,
+    closing: Duration,
     first_rank: u32,
     ranks: Vec<Rank>,
     /// The first failure, if that was before any request to stop.
@@ -90,6 +91,8 @@ pub enum Action {
     AnnounceExit {
         /// The rank.
         rank: u32,
+        /// Whether nobody had told it to end.
+        by_itself: bool,
     },
     /// Tell the rendezvous that the rank is dead.
     AnnounceDeath {
@@ -144,6 +147,7 @@ impl Job {
         let rank = |(pid, started)| Rank { pid, end: None, sent: None, started };
         Job {
             grace,
+            closing: CLOSING,
             first_rank,
             ranks: processes.into_iter().map(rank).collect(),
             failed: None,
@@ -152,26 +156,53 @@ impl Job {
         }
     }
 
+    /// A job whose ranks start again after a failure: the others get SIGTERM at once, since all that they could
+    /// still say will be said again.
+    pub fn that_starts_again(self) -> Self {
+        Job { closing: Duration::ZERO, ..self }
+    }
+
+    /// Its ranks do not start again after all.
+    pub fn does_not_start_again(&mut self) {
+        self.closing = CLOSING;
+    }
+
+    /// Whether the launcher was asked to stop.
+    pub fn is_stopped(&self) -> bool {
+        self.stop.is_some()
+    }
+
     /// The rank has ended.
     pub fn ended(&mut self, now: Instant, rank: u32, ending: Ending) -> Vec<Action> {
         let entry = &mut self.ranks[rank as usize];
         entry.end = Some((ending, now.saturating_duration_since(entry.started)));
         if ending.is_success() {
-            return vec![Action::AnnounceExit { rank }];
+            let by_itself = entry.sent.is_none() && self.stop.is_none();
+            return vec![Action::AnnounceExit { rank, by_itself }];
         }
         let by_itself = entry.sent.is_none();
         if self.next == Next::Nothing {
             self.failed = Some(Cause::Here { rank });
-            self.next = Next::Terminate(now + CLOSING);
+            self.next = Next::Terminate(now + self.closing);
         }
         vec![Action::AnnounceDeath { rank, ending, by_itself }]
+    }
+
+    /// Whether nothing has failed and nobody has asked the job to stop.
+    pub fn goes_on(&self) -> bool {
+        self.next == Next::Nothing
+    }
+
+    /// Another process has taken the place of a rank that has ended.
+    pub fn replaced(&mut self, rank: u32, (pid, started): (Pid, Instant)) {
+        self.ranks[rank as usize] = Rank { pid, end: None, sent: None, started };
     }
 
     /// The job has failed on another machine: the ranks here are to end as after a failure of one of them.
     pub fn failed_elsewhere(&mut self, now: Instant, what: String, exit_code: u8) {
         if self.next == Next::Nothing {
             self.failed = Some(Cause::Elsewhere { what, exit_code });
-            self.next = Next::Terminate(now + CLOSING);
+            self.next = Next::Terminate(now + self.closing);
         }
     }
 
@@ -264,6 +295,19 @@ impl Job {
         }
     }
 
+    /// What the job has failed of, if it has or was asked to stop: `rank 2 exited with code 3`.
+    pub fn failure_in_words(&self) -> Option<String> {
+        match self.verdict() {
+            Verdict::Done => None,
+            Verdict::Failed { rank } => {
+                let (ending, _) = self.ranks[rank as usize].end.expect("a rank that failed has ended");
+                Some(format!("rank {} {ending}", self.first_rank + rank))
+            }
+            Verdict::FailedElsewhere { what, .. } => Some(what),
+            Verdict::Stopped { signal } => Some(format!("stopped by {}", signal_in_words(signal.as_raw()))),
+        }
+    }
+
     /// The launcher's exit code for the verdict; the table is in `main.rs`.
     pub fn exit_code(&self) -> u8 {
         match self.verdict() {
@@ -326,7 +370,10 @@ mod tests {
     #[test]
     fn when_all_ranks_exit_with_0_the_code_is_0() {
         let (mut job, start) = job(2);
-        assert_eq!(job.ended(start, 1, Ending::Exited(0)), [Action::AnnounceExit { rank: 1 }]);
+        assert_eq!(
+            job.ended(start, 1, Ending::Exited(0)),
+            [Action::AnnounceExit { rank: 1, by_itself: true }]
+        );
         assert!(!job.is_over());
         assert_eq!(job.deadline(), None, "the others may run as long as they like");
         job.ended(start, 0, Ending::Exited(0));
@@ -347,6 +394,7 @@ mod tests {
         assert_eq!(job.ended(seconds(start, 2.2), 1, Ending::Exited(1)), death(1, Ending::Exited(1), false));
         assert!(job.is_over());
         assert_eq!((job.verdict(), job.exit_code()), (Verdict::Failed { rank: 2 }, 137));
+        assert_eq!(job.failure_in_words().as_deref(), Some("rank 2 was killed by signal 9 (SIGKILL)"));
     }
 
     #[test]
@@ -377,6 +425,27 @@ mod tests {
         job.failed_elsewhere(seconds(start, 2.1), "another".to_owned(), 1);
         assert_eq!(job.tick(seconds(start, 22.0)), send(Signal::KILL, &[1]));
         assert_eq!(job.exit_code(), 137, "the first one is the cause");
+    }
+
+    #[test]
+    fn where_the_job_starts_again_the_others_are_told_to_end_at_once() {
+        let (job, start) = job(2);
+        let mut job = job.that_starts_again();
+        job.ended(start, 0, Ending::Killed(9));
+        assert_eq!(job.tick(start), send(Signal::TERM, &[1]));
+        assert!(!job.is_stopped());
+        job.signalled(start, Signal::INT);
+        assert!(job.is_stopped());
+    }
+
+    #[test]
+    fn where_the_job_does_not_start_again_after_all_the_others_may_end_on_their_own() {
+        let (job, start) = job(2);
+        let mut job = job.that_starts_again();
+        job.does_not_start_again();
+        job.ended(start, 0, Ending::Killed(9));
+        assert_eq!(job.tick(start), []);
+        assert_eq!(job.tick(start + CLOSING), send(Signal::TERM, &[1]));
     }
 
     #[test]

@@ -33,6 +33,17 @@ pub fn find(program: &OsStr, path: Option<&OsStr>) -> Result<PathBuf, Error> {
     })
 }
 
+/// Looks for a script before its interpreter does, once for all ranks.
+///
+/// # Errors
+/// [`Error::ScriptMissing`].
+pub fn check_script(script: &Path) -> Result<(), Error> {
+    if script.exists() {
+        return Ok(());
+    }
+    Err(Error::ScriptMissing { script: script.display().to_string() })
+}
+
 fn candidates(program: &OsStr, path: Option<&OsStr>) -> Vec<PathBuf> {
     if program.as_bytes().contains(&b'/') {
         return vec![PathBuf::from(program)];

@@ -2,49 +2,90 @@
 //!
 //! The supervisor needs little of it, which is all the trait has; so it is tested with shell programs. Two real ones
 //! exist: `founder` makes the job's certificate authority and serves the rendezvous of
-//! `paceline_runtime`, on one machine or as node 0 of several; `follower` is any other node.
+//! `paceline_runtime`, on one machine or as node 0 of several; `follower` is any other node. A third, `voter`, is any node of
+//! a job whose number of nodes may change.
 
 use std::ffi::OsString;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use paceline_runtime::env::{self, JobEnv};
-use paceline_runtime::nodes::Failure;
+use paceline_runtime::interface::Selection;
+use paceline_runtime::nodes::{Failure, Generation};
 
-use crate::cli::RunArgs;
+use crate::cli::{RunArgs, Seating};
 use crate::console::{Console, Stream};
 use crate::credentials::Credentials;
+use crate::elastic::Companions;
 use crate::ending::Ending;
 use crate::error::Error;
 use crate::job::Cause;
 use crate::news::News;
-use crate::{follower, founder};
+use crate::{follower, founder, voter};
 
 /// The rendezvous of one job. Ranks are counted from 0 on this machine. None of the calls blocks.
 pub trait Rendezvous: Send {
     /// What the rank must find in its environment to take part.
     fn worker_env(&self, rank: u32) -> Vec<(String, OsString)>;
 
-    /// The rank has exited with code 0: who waits for it waits in vain, but nothing is wrong.
-    fn announce_exit(&self, rank: u32);
+    /// The rank has exited with code 0: who waits for it waits in vain, but nothing is wrong. `by_itself`: nobody had told
+    /// it to end.
+    fn announce_exit(&self, rank: u32, by_itself: bool);
 
     /// The rank is dead; `by_itself`: the launcher had not told it to end.
     fn announce_death(&self, rank: u32, ending: Ending, by_itself: bool);
 
-    /// No rank runs here any more. May be said again.
-    fn ranks_ended(&self);
+    /// All ranks of the job are to write what they did last.
+    fn ask_for_traces(&self);
+
+    /// No rank runs here any more, and none will if the launcher was told to stop. May be said again.
+    fn ranks_ended(&self, told: Told);
 
     /// The failure on another machine that ends the job, in words and as an exit code.
     fn failure_elsewhere(&self) -> Option<(String, u8)>;
 
-    /// Whether this launcher may end, once it has said that its ranks have.
-    fn is_over(&self) -> bool;
+    /// The number of this node.
+    fn node(&self) -> u32;
+
+    /// The present generation of the job.
+    fn generation(&self) -> Generation;
+
+    /// What this launcher does, once it has said that its ranks have ended. One that was told to stop does not start them again.
+    fn next(&self, told: Told) -> Next;
 
     /// What the job has failed of, by what the ranks of all machines said about each other before they ended.
     fn cause(&self) -> Option<Cause>;
 
     /// Rung when one of the answers may have changed.
     fn news(&self) -> &News;
+
+    /// The other launchers, where the job may lose them and go on.
+    fn companions(&self) -> Option<Companions> {
+        None
+    }
+}
+
+/// Whether somebody wants this launcher to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Told {
+    /// Nobody has said so.
+    Nothing,
+    /// It was sent a signal.
+    ToStop,
+    /// Its ranks were members of a training that goes on without those it loses, or ends: they do not all start again.
+    NotToStartAgain,
+}
+
+/// What a launcher without ranks does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// Others have still something to do, or to say.
+    Wait,
+    /// The job is over.
+    End,
+    /// The ranks start again, as the present generation.
+    Again,
 }
 
 /// Opens the rendezvous of the job at the endpoint of `args`; it lasts until the value is dropped. In a job of several
@@ -52,19 +93,41 @@ pub trait Rendezvous: Send {
 ///
 /// # Errors
 /// [`Error::Endpoint`] if nothing can listen there, [`Error::System`] if the certificates cannot be stored,
-/// [`Error::Usage`] for a secret that will not do, [`Error::Nodes`] if the nodes have not met.
+/// [`Error::Usage`] for a secret or an interface that will not do, [`Error::Nodes`] if the nodes have not met.
 pub fn open(args: &RunArgs, console: &Console) -> Result<Box<dyn Rendezvous>, Error> {
-    match args.node() {
-        0 => founder::open(args, console),
-        _ => follower::open(args, console),
+    // Once by the launcher, so that it is one line and not one from each rank.
+    interface(args)?;
+    if args.nodes.as_ref().is_some_and(|nodes| nodes.count.min < nodes.count.max) {
+        return voter::open(args, console);
+    }
+    let seating = args.nodes.as_ref().map_or(Seating::Given, |nodes| nodes.seating);
+    match (args.node(), seating) {
+        (0, Seating::Given) => founder::open(args, console),
+        (_, Seating::Given) | (_, Seating::Any { is_host: Some(false) }) => follower::open(args, console),
+        (_, Seating::Any { is_host: Some(true) }) => founder::open(args, console),
+        (_, Seating::Any { is_host: None }) if !founder::is_here(args) => follower::open(args, console),
+        (_, Seating::Any { is_host: None }) => match founder::open(args, console) {
+            // Another launcher of this machine was first.
+            Err(Error::Endpoint { .. }) => follower::open(args, console),
+            opened => opened,
+        },
     }
 }
 
-/// The environment of a rank that finds the others at `rendezvous`.
+/// The address of this machine that was asked for, if one was.
+///
+/// # Errors
+/// [`Error::Usage`] with what there is instead.
+pub fn interface(args: &RunArgs) -> Result<Option<IpAddr>, Error> {
+    let chosen = args.interface.as_ref().map(Selection::choose_here).transpose();
+    chosen.map_err(|reason| Error::Usage(format!("the interface {reason}")))
+}
+
+/// The environment of a rank of this generation that finds the others at `rendezvous`.
 pub fn worker_env(
     args: &RunArgs,
     rank: u32,
-    rendezvous: String,
+    (rendezvous, generation): (String, u32),
     credentials: &Credentials,
 ) -> Vec<(String, OsString)> {
     let number = (args.first_rank() + rank) as usize;
@@ -73,25 +136,34 @@ pub fn worker_env(
         world_size: args.layout().world_size(),
         local_rank: rank as usize,
         local_world_size: args.ranks as usize,
+        generation,
         rendezvous,
         rendezvous_timeout: args.rendezvous_timeout,
         identity: credentials.path(number),
+        interface: args.interface.clone(),
+        flight_recorder: args.flight_recorder.clone(),
     };
     let timeout = args.timeout.map(env::timeout_var);
     let fabric = args.fabric.map(env::fabric_var);
+    let insecure = args.insecure.then(env::insecure_var);
     job_env
         .to_vars()
         .into_iter()
         .chain(timeout)
         .chain(fabric)
+        .chain(insecure)
         .map(|(name, value)| (name.to_owned(), value.into()))
         .collect()
 }
 
 /// The failure as seen from this machine.
 pub fn cause(args: &RunArgs, failure: Failure) -> Cause {
+    let first = args.first_rank();
     match failure.rank {
-        Some(rank) if failure.node == args.node() => Cause::Here { rank: rank - args.first_rank() },
+        // Another launcher may say what it likes: only a rank of this machine is one here.
+        Some(rank) if failure.node == args.node() && (first..first + args.ranks).contains(&rank) => {
+            Cause::Here { rank: rank - first }
+        }
         _ => Cause::Elsewhere { exit_code: failure.exit_code, what: failure.to_string() },
     }
 }
@@ -117,6 +189,17 @@ impl Status {
         Self { console: console.clone(), said: Arc::default() }
     }
 
+    /// Completes the line "paceline: …", whenever that is.
+    pub fn say(&self, what: &str) {
+        self.console.print(Stream::Err, format!("paceline: {what}\n").into_bytes());
+    }
+
+    /// Says whom at once: whoever asks has seen to it that it is not too often.
+    pub fn say_waiting_for(&self, whom: &str) {
+        tracing::info!(whom, "waiting");
+        self.say(&format!("waiting for {whom}"));
+    }
+
     /// Completes the line "paceline: waiting for …".
     pub fn waiting_for(&self, whom: &str) {
         tracing::info!(whom, "waiting");
@@ -124,15 +207,15 @@ impl Status {
         let mut said = self.said.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if said.is_none_or(|at| at.elapsed() >= STATUS_INTERVAL) {
             *said = Some(Instant::now());
-            self.console.print(Stream::Err, format!("paceline: waiting for {whom}\n").into_bytes());
+            self.say(&format!("waiting for {whom}"));
         }
     }
 }
 
-/// `node 1, node 3`.
-pub fn list_nodes(nodes: &[u32]) -> String {
+/// `node 1, node 3`, or the names of their pods.
+pub fn list_nodes(args: &RunArgs, nodes: &[u32]) -> String {
     const NAMED: usize = 16;
-    let names: Vec<String> = nodes.iter().take(NAMED).map(|node| format!("node {node}")).collect();
+    let names: Vec<String> = nodes.iter().take(NAMED).map(|&node| args.pod.name(node)).collect();
     let more = if nodes.len() > NAMED { format!(" and {} more", nodes.len() - NAMED) } else { String::new() };
     names.join(", ") + &more
 }

@@ -1,27 +1,64 @@
 //! What is told at the end of a job that did not succeed: the cause first, then the evidence, then the others.
 
+use std::fmt;
+
 use rustix::process::Signal;
 
 use crate::ending::{Ending, signal_in_words};
 use crate::job::{Job, Rank, Verdict};
 use crate::lines::Tail;
+use crate::torchrun::errors::Recorded;
 
-/// The report for stderr, or an empty text if the job succeeded. `tails` has each rank's last lines of stderr.
-pub fn report(job: &Job, tails: &[&Tail]) -> String {
+/// What is known of a rank beside how it ended.
+#[derive(Debug)]
+pub struct Evidence<'a> {
+    /// The last lines that it wrote to stderr.
+    pub tail: &'a Tail,
+    /// What it wrote to its error file.
+    pub recorded: Option<Recorded>,
+}
+
+/// What follows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// Nothing.
+    Ended,
+    /// All ranks start again.
+    Restarts {
+        /// Counted from 1.
+        number: u32,
+        /// So many are allowed.
+        most: u32,
+    },
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Outcome::Ended => write!(f, "the job has ended"),
+            Outcome::Restarts { number, most } => write!(f, "the job starts again ({number} of {most})"),
+        }
+    }
+}
+
+/// The report for stderr, or an empty text if the job succeeded. `evidence` is in the order of the ranks.
+pub fn report(job: &Job, evidence: &[Evidence<'_>], outcome: Outcome) -> String {
     match job.verdict() {
+        // Another machine's ranks have failed when those here had ended.
+        Verdict::Done if outcome != Outcome::Ended => format!("paceline: {outcome}\n"),
         Verdict::Done => String::new(),
-        Verdict::Failed { rank } => failure(job, rank, tails[rank as usize]),
-        Verdict::FailedElsewhere { what, .. } => failure_elsewhere(job, &what),
+        Verdict::Failed { rank } => failure(job, rank, &evidence[rank as usize], outcome),
+        Verdict::FailedElsewhere { what, .. } => failure_elsewhere(job, &what, outcome),
         Verdict::Stopped { signal } => stop(job, signal),
     }
 }
 
-fn failure(job: &Job, failed: u32, tail: &Tail) -> String {
+fn failure(job: &Job, failed: u32, evidence: &Evidence<'_>, outcome: Outcome) -> String {
     let rank = &job.ranks()[failed as usize];
     let failed = job.first_rank() + failed;
     let (ending, after) = rank.end.expect("a rank that failed has ended");
     let mut text = format!(
-        "paceline: rank {failed} (pid {}) {ending} after {:.1} s; the job has ended\n",
+        "paceline: rank {failed} (pid {}) {ending} after {:.1} s; {outcome}\n",
         rank.pid,
         after.as_secs_f64()
     );
@@ -29,19 +66,32 @@ fn failure(job: &Job, failed: u32, tail: &Tail) -> String {
     if ending.exit_code() == 137 {
         text += "  SIGKILL: if nobody sent it, look for the out-of-memory killer (dmesg, or the state of the pod)\n";
     }
-    let mut lines = tail.text().peekable();
-    if lines.peek().is_some() {
-        text += &format!("  the last lines that rank {failed} wrote to stderr:\n");
-        text.extend(lines.map(|line| format!("    {line}\n")));
-    }
+    text += &words_of(failed, evidence);
     let others = fates(job).filter(|(number, ..)| *number != failed);
     text.extend(others.map(|(number, _, fate)| format!("  rank {number} {fate}\n")));
     text
 }
 
-fn failure_elsewhere(job: &Job, what: &str) -> String {
+/// What the rank itself has said: the error that it recorded, else the end of its stderr, which would say the same.
+fn words_of(rank: u32, evidence: &Evidence<'_>) -> String {
+    let (heading, lines): (_, Vec<String>) = match &evidence.recorded {
+        Some(Recorded { stack, summary }) => {
+            let lines = stack.as_ref().unwrap_or(summary).lines().map(str::to_owned);
+            (format!("  the error that rank {rank} recorded:\n"), lines.collect())
+        }
+        None => {
+            (format!("  the last lines that rank {rank} wrote to stderr:\n"), evidence.tail.text().collect())
+        }
+    };
+    if lines.is_empty() {
+        return String::new();
+    }
+    heading + &lines.iter().map(|line| format!("    {line}\n")).collect::<String>()
+}
+
+fn failure_elsewhere(job: &Job, what: &str, outcome: Outcome) -> String {
     let fates = fates(job).map(|(number, _, fate)| format!("  rank {number} {fate}\n"));
-    format!("paceline: {what}; the job has ended\n{}", fates.collect::<String>())
+    format!("paceline: {what}; {outcome}\n{}", fates.collect::<String>())
 }
 
 /// Only what did not go as asked is worth a line here: whoever presses Ctrl-C knows why the ranks ended.
@@ -85,6 +135,12 @@ mod tests {
 
     use super::*;
 
+    /// The report at the end of a job whose ranks wrote these last lines, and no error files.
+    fn told(job: &Job, tails: &[&Tail]) -> String {
+        let evidence: Vec<_> = tails.iter().map(|&tail| Evidence { tail, recorded: None }).collect();
+        report(job, &evidence, Outcome::Ended)
+    }
+
     fn job(ranks: i32) -> (Job, Instant) {
         let start = Instant::now();
         let pid = |n| Pid::from_raw(100 + n).expect("positive");
@@ -95,7 +151,7 @@ mod tests {
     fn a_job_that_succeeded_has_no_report() {
         let (mut job, start) = job(1);
         job.ended(start, 0, Ending::Exited(0));
-        assert_eq!(report(&job, &[&Tail::default()]), "");
+        assert_eq!(told(&job, &[&Tail::default()]), "");
     }
 
     #[test]
@@ -114,7 +170,7 @@ mod tests {
         job.tick(start + Duration::from_secs(10));
         let empty = Tail::default();
         assert_eq!(
-            report(&job, &[&empty, &empty, &tail, &empty, &empty, &empty]),
+            told(&job, &[&empty, &empty, &tail, &empty, &empty, &empty]),
             "paceline: rank 2 (pid 102) was killed by signal 9 (SIGKILL) after 1.2 s; the job has ended\n  \
              SIGKILL: if nobody sent it, look for the out-of-memory killer (dmesg, or the state of the pod)\n  \
              the last lines that rank 2 wrote to stderr:\n    \
@@ -139,7 +195,7 @@ mod tests {
         job.ended(start, 0, Ending::Exited(1));
         let text = "paceline: rank 3 (pid 101) exited with code 3 after 0.0 s; the job has ended\n  \
                     rank 2 exited with code 1\n";
-        assert_eq!(report(&job, &tails), text);
+        assert_eq!(told(&job, &tails), text);
         let mut job = of_node();
         job.failed_elsewhere(start, "rank 0 on node 0 exited with code 3".to_owned(), 3);
         job.ended(start, 0, Ending::Exited(1));
@@ -147,7 +203,22 @@ mod tests {
         job.ended(start + Duration::from_secs(2), 1, Ending::Killed(15));
         let text = "paceline: rank 0 on node 0 exited with code 3; the job has ended\n  \
                     rank 2 exited with code 1\n  rank 3 was ended by paceline (SIGTERM)\n";
-        assert_eq!(report(&job, &tails), text);
+        assert_eq!(told(&job, &tails), text);
+    }
+
+    #[test]
+    fn what_a_rank_recorded_is_told_in_place_of_its_last_lines() {
+        let (mut job, start) = job(1);
+        job.ended(start, 0, Ending::Exited(1));
+        let mut tail = Tail::default();
+        tail.push(b"noise");
+        let stack = Some("Traceback:\n  line".to_owned());
+        let recorded = Some(Recorded { summary: "ValueError: no".to_owned(), stack });
+        let text =
+            report(&job, &[Evidence { tail: &tail, recorded }], Outcome::Restarts { number: 1, most: 3 });
+        let expected = "paceline: rank 0 (pid 100) exited with code 1 after 0.0 s; the job starts again (1 of 3)\n  \
+                        the error that rank 0 recorded:\n    Traceback:\n      line\n";
+        assert_eq!(text, expected);
     }
 
     #[test]
@@ -155,7 +226,7 @@ mod tests {
         let (mut job, start) = job(1);
         job.ended(start, 0, Ending::Exited(3));
         let text = "paceline: rank 0 (pid 100) exited with code 3 after 0.0 s; the job has ended\n";
-        assert_eq!(report(&job, &[&Tail::default()]), text);
+        assert_eq!(told(&job, &[&Tail::default()]), text);
     }
 
     #[test]
@@ -168,7 +239,7 @@ mod tests {
         job.ended(start, 2, Ending::Killed(9));
         let empty = Tail::default();
         assert_eq!(
-            report(&job, &[&empty, &empty, &empty]),
+            told(&job, &[&empty, &empty, &empty]),
             "paceline: stopped by signal 15 (SIGTERM)\n  rank 2 was ended by paceline (SIGKILL)\n"
         );
     }

@@ -1,6 +1,7 @@
 //! Runs one job: checks what can be checked, opens the rendezvous, starts the ranks, watches them, explains the end.
 
 use std::ffi::OsString;
+use std::fs;
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -9,6 +10,9 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use paceline_runtime::env::PLAIN_TCP;
+use paceline_runtime::nodes::Generation;
+use paceline_transport::Fabric;
 use paceline_transport::boot::CONVERSATIONS_LIMIT;
 use rustix::process::{Resource, Signal, getrlimit};
 use rustix::thread::CpuSet;
@@ -17,13 +21,20 @@ use crate::binding;
 use crate::child::{self, Spawned};
 use crate::cli::RunArgs;
 use crate::console::{Console, Stream};
+use crate::credentials;
+use crate::elastic::Elastic;
 use crate::ending::{code_for_signal, signal_in_words};
 use crate::error::Error;
-use crate::job::Job;
+use crate::health::{Health, Pulse};
+use crate::job::{Job, Verdict};
 use crate::program;
 use crate::rendezvous::{self, Rendezvous};
-use crate::report::report;
-use crate::supervise::{Signals, Worker, supervise};
+use crate::report::{Evidence, Outcome, report};
+use crate::supervise::{Replacement, Signals, Then, Worker, supervise};
+use crate::termination;
+use crate::torchrun::logs::{Attempt, Logs};
+use crate::torchrun::{environment, errors};
+use crate::traces;
 
 /// Open files of the launcher besides the ranks' pipes: its own streams, the console, signals and the rendezvous,
 /// some 16 in all, and the pipe by which `spawn` learns about `exec`.
@@ -38,35 +49,202 @@ const SIGNAL_INTERVAL: Duration = Duration::from_millis(50);
 /// If the ranks could not be started; then none is left.
 pub fn run(args: &RunArgs, console: &Console) -> Result<(u8, String), Error> {
     let program = program::find(&args.program, std::env::var_os("PATH").as_deref())?;
+    args.torchrun.script.as_deref().map_or(Ok(()), program::check_script)?;
     check_file_limit(args)?;
+    if let Some(words) = unprotected(args) {
+        say(console, &format!("warning: this job is insecure: {words}"));
+    }
+    if let Some(remark) = &args.pod.remark {
+        console.print(Stream::Err, format!("paceline: note: {remark}\n").into_bytes());
+    }
     // Before the first rank: a signal that comes while the ranks start is found by the supervisor.
-    let mut signals = Signals::catch().map_err(|e| system("cannot catch signals", &e))?;
-    let rendezvous = match open(args, console, &mut signals)? {
+    let mut signals =
+        Signals::catch(&args.torchrun.signals.more).map_err(|e| system("cannot catch signals", &e))?;
+    let logs = Logs::open(&args.torchrun.logs, &args.torchrun.run_id)?;
+    logs.kept()
+        .into_iter()
+        .for_each(|folder| say(console, &format!("log files are in {}", folder.display())));
+    let pulse = Pulse::new(args.ranks);
+    let _health = args.health.map(|address| Health::serve(address, pulse.clone())).transpose()?;
+    let rendezvous = match open(args, console, &mut signals, &pulse)? {
         Meeting::Open(rendezvous) => rendezvous,
         Meeting::Stopped(signal) => {
             let words = format!("paceline: stopped by {}\n", signal_in_words(signal.as_raw()));
-            return Ok((code_for_signal(signal.as_raw()), words));
+            credentials::remove_stored();
+            return Ok((args.torchrun.exit_code.of(code_for_signal(signal.as_raw())), words));
         }
     };
+    let args = &args.at(rendezvous.node());
+    let launch =
+        Launch { args, program: &program, logs: &logs, rendezvous: &*rendezvous, console, pulse: &pulse };
+    loop {
+        let (job, report, then) = launch.run_generation(&mut signals)?;
+        if then == Then::End {
+            return Ok((args.torchrun.exit_code.of(job.exit_code()), report));
+        }
+        console.print(Stream::Err, report.into_bytes());
+    }
+}
 
-    let start = Instant::now();
-    tracing::info!(ranks = args.ranks, program = %program.display(), "starting");
-    let processors =
-        binding::processors(args.binding, args.ranks, std::env::var_os("OMP_NUM_THREADS").as_deref());
-    let mut workers = (0..args.ranks)
-        .map(|rank| {
+/// What all generations of a job have in common.
+struct Launch<'a> {
+    args: &'a RunArgs,
+    program: &'a Path,
+    logs: &'a Logs,
+    rendezvous: &'a dyn Rendezvous,
+    console: &'a Console,
+    pulse: &'a Pulse,
+}
+
+impl Launch<'_> {
+    /// Starts the ranks and watches them until they have ended. Returns how, and what is to be said about it.
+    fn run_generation(&self, signals: &mut Signals) -> Result<(Job, String, Then), Error> {
+        let args = self.args;
+        let generation = self.rendezvous.generation();
+        let attempt = self.logs.attempt(generation.number, args.ranks)?;
+        let start = Instant::now();
+        tracing::info!(ranks = args.ranks, program = %self.program.display(), generation = generation.number, "starting");
+        let processors =
+            binding::processors(args.binding, args.ranks, std::env::var_os("OMP_NUM_THREADS").as_deref());
+        let start_rank = |rank: u32, variable| {
             let processors = processors.as_ref().map(|of_ranks| of_ranks[rank as usize]);
-            let spawned = start_rank(rank, args, (&program, processors), &*rendezvous, console)?;
-            Ok(Worker::new(args.first_rank() + rank, spawned, console))
-        })
-        .collect::<Result<Vec<_>, Error>>()?;
-    tracing::info!(elapsed_us = start.elapsed().as_micros() as u64, "all ranks started");
+            self.start_rank(rank, (&generation, &attempt), processors, variable)
+        };
+        let restarts_left = generation.restarts_left();
+        self.pulse.starts(&generation);
+        traces::set_aside(args, generation.number, std::env::var_os("PACELINE_FLIGHT_RECORDER"));
+        let elastic = Elastic::open(args, restarts_left, self.rendezvous)?;
+        let alone = if args.pod.replaced_alone { restarts_left } else { 0 };
+        let mut replacement = Replacement { elastic, alone, start: &start_rank };
+        let mut workers = (0..args.ranks)
+            .map(|rank| start_rank(rank, replacement.elastic.next_process(rank)))
+            .collect::<Result<Vec<_>, Error>>()?;
+        tracing::info!(elapsed_us = start.elapsed().as_micros() as u64, "all ranks started");
 
-    let mut job = Job::new(args.grace, args.first_rank(), workers.iter().map(Worker::process));
-    supervise(&mut job, &mut workers, &*rendezvous, &mut signals, console);
-    tracing::info!(exit_code = job.exit_code(), elapsed_us = start.elapsed().as_micros() as u64, "job ended");
-    let tails: Vec<_> = workers.iter().map(Worker::tail).collect();
-    Ok((job.exit_code(), report(&job, &tails)))
+        let mut job = Job::new(args.grace, args.first_rank(), workers.iter().map(Worker::process));
+        if restarts_left > 0 {
+            job = job.that_starts_again();
+        }
+        let then = supervise(
+            &mut job,
+            &mut workers,
+            self.rendezvous,
+            signals,
+            self.console,
+            &mut replacement,
+            self.pulse,
+        );
+        let (exit_code, elapsed_us) = (job.exit_code(), start.elapsed().as_micros() as u64);
+        match then {
+            Then::End => tracing::info!(exit_code, elapsed_us, "job ended"),
+            Then::Again => {
+                tracing::info!(exit_code, elapsed_us, generation = generation.number, "generation ended")
+            }
+        }
+        let evidence: Vec<Evidence> = (0..)
+            .zip(&workers)
+            .map(|(rank, worker)| Evidence {
+                tail: worker.tail(),
+                recorded: errors::read(&attempt.error_file(rank)),
+            })
+            .collect();
+        let outcome = match then {
+            Then::End => Outcome::Ended,
+            Then::Again => {
+                let next = self.rendezvous.generation();
+                Outcome::Restarts { number: next.number, most: next.max_restarts }
+            }
+        };
+        let report = report(&job, &evidence, outcome);
+        if then == Then::End {
+            self.pass_on(&job, &evidence, &attempt, &generation);
+        }
+        Ok((job, report, then))
+    }
+
+    /// Starts one rank of this machine, with another variable in its environment.
+    fn start_rank(
+        &self,
+        rank: u32,
+        (generation, attempt): (&Generation, &Attempt<'_>),
+        processors: Option<CpuSet>,
+        variable: (&'static str, String),
+    ) -> Result<Worker, Error> {
+        let number = self.args.first_rank() + rank;
+        let routes = [attempt.route(number, rank, Stream::Out)?, attempt.route(number, rank, Stream::Err)?];
+        let error_file = attempt.error_file(rank);
+        // What a process before this one has recorded is not its own; there is none before the first.
+        let _ = fs::remove_file(&error_file);
+        let worker = environment::Worker { local_rank: rank, generation, error_file: &error_file };
+        let spawned = self.spawn(&worker, processors, variable)?;
+        Ok(Worker::new(number, spawned, routes, self.console))
+    }
+
+    /// Starts a process in the launcher's working directory and environment, plus what makes it a rank.
+    fn spawn(
+        &self,
+        worker: &environment::Worker<'_>,
+        processors: Option<CpuSet>,
+        variable: (&'static str, String),
+    ) -> Result<Spawned, Error> {
+        let (args, rank) = (self.args, worker.local_rank);
+        let mut command = Command::new(self.program);
+        let macros = args.torchrun.macros;
+        command.arg0(&args.program);
+        command.args(args.program_args.iter().map(|word| environment::argument(word, macros, rank)));
+        // Ranks need no secret: they have their certificates.
+        command.env_remove("PACELINE_JOB_SECRET_FILE");
+        command.envs(args.pod.variables.iter().map(|(name, value)| (name, value)));
+        command.envs(self.rendezvous.worker_env(rank)).env(variable.0, variable.1);
+        command.envs(environment::of_worker(args, worker, |name| std::env::var_os(name)));
+        command.envs(threads(args.ranks, std::env::var_os("OMP_NUM_THREADS")));
+        // The ranks see pipes; this tells them that a progress bar would reach a person.
+        match self.console.is_terminal(Stream::Err) {
+            true => command.env("PACELINE_CONSOLE", "terminal"),
+            false => command.env_remove("PACELINE_CONSOLE"),
+        };
+        child::spawn(&mut command, processors).map_err(|e| not_started(rank, args, &e))
+    }
+
+    /// Tells those outside why the job has failed: whoever has started the launcher, and who looks at the pod.
+    fn pass_on(&self, job: &Job, evidence: &[Evidence<'_>], attempt: &Attempt<'_>, generation: &Generation) {
+        let verdict = job.verdict();
+        let Some(cause) = job.failure_in_words() else { return };
+        let recorded = match verdict {
+            Verdict::Failed { rank } => {
+                if let Some(own) = &self.args.torchrun.error_file {
+                    errors::pass_on(&attempt.error_file(rank), own, job.exit_code().into());
+                }
+                evidence[rank as usize].recorded.as_ref().map(|recorded| recorded.summary.clone())
+            }
+            _ => None,
+        };
+        let exit_code = self.args.torchrun.exit_code.of(job.exit_code());
+        let message = termination::Message {
+            cause,
+            message: recorded,
+            exit_code,
+            node: self.args.node(),
+            restarts: generation.number,
+        };
+        termination::write(Path::new(termination::FILE), &message);
+    }
+}
+
+fn say(console: &Console, words: &str) {
+    console.print(Stream::Err, format!("paceline: {words}\n").into_bytes());
+}
+
+/// What is not protected though it could be, in words.
+fn unprotected(args: &RunArgs) -> Option<String> {
+    let open_to_all =
+        args.nodes.as_ref().is_some_and(|nodes| nodes.secret.is_none()) && args.identity.is_none();
+    let open_to_all = open_to_all.then(|| {
+        format!("without a job secret anybody who reaches {} can join it, as any machine", args.rendezvous)
+    });
+    let plain = (args.fabric == Some(Fabric::Tcp)).then(|| PLAIN_TCP.to_owned());
+    let words: Vec<String> = open_to_all.into_iter().chain(plain).collect();
+    (!words.is_empty()).then(|| words.join("; "))
 }
 
 /// How opening the rendezvous ended.
@@ -78,7 +256,7 @@ enum Meeting {
 
 /// Opens the rendezvous, on a thread of its own: the wait for other nodes is long, and as PID 1 of a container the
 /// launcher would not even be ended by a signal that it does not look for.
-fn open(args: &RunArgs, console: &Console, signals: &mut Signals) -> Result<Meeting, Error> {
+fn open(args: &RunArgs, console: &Console, signals: &mut Signals, pulse: &Pulse) -> Result<Meeting, Error> {
     if args.nodes.is_none() {
         return rendezvous::open(args, console).map(Meeting::Open);
     }
@@ -86,6 +264,7 @@ fn open(args: &RunArgs, console: &Console, signals: &mut Signals) -> Result<Meet
     let (for_thread, console) = (args.clone(), console.clone());
     thread::spawn(move || drop(opened.send(rendezvous::open(&for_thread, &console))));
     loop {
+        pulse.waits();
         match outcome.recv_timeout(SIGNAL_INTERVAL) {
             Ok(outcome) => return outcome.map(Meeting::Open),
             Err(RecvTimeoutError::Timeout) => {}
@@ -94,32 +273,11 @@ fn open(args: &RunArgs, console: &Console, signals: &mut Signals) -> Result<Meet
                 return Err(Error::System { what, why });
             }
         }
-        if let Some(signal) = signals.take().first() {
-            return Ok(Meeting::Stopped(*signal));
+        // There is nothing yet to be traced.
+        if let Some(signal) = signals.take().into_iter().find(|signal| !signals.asks_for_traces(*signal)) {
+            return Ok(Meeting::Stopped(signal));
         }
     }
-}
-
-/// Starts one rank in the launcher's working directory and environment, plus what makes it a rank.
-fn start_rank(
-    rank: u32,
-    args: &RunArgs,
-    (program, processors): (&Path, Option<CpuSet>),
-    rendezvous: &dyn Rendezvous,
-    console: &Console,
-) -> Result<Spawned, Error> {
-    let mut command = Command::new(program);
-    command.arg0(&args.program).args(&args.program_args);
-    // Ranks need no secret: they have their certificates.
-    command.env_remove("PACELINE_JOB_SECRET_FILE");
-    command.envs(rendezvous.worker_env(rank));
-    command.envs(threads(args.ranks, std::env::var_os("OMP_NUM_THREADS")));
-    // The ranks see pipes; this tells them that a progress bar would reach a person.
-    match console.is_terminal(Stream::Err) {
-        true => command.env("PACELINE_CONSOLE", "terminal"),
-        false => command.env_remove("PACELINE_CONSOLE"),
-    };
-    child::spawn(&mut command, processors).map_err(|e| not_started(rank, args, &e))
 }
 
 /// One OpenMP thread per rank unless the user has chosen: by default each rank would take all CPUs. torchrun does the

@@ -13,6 +13,14 @@ use crate::error::Error;
 /// The mode bit that lets every user of the machine read a file.
 const OTHERS_READ: u32 = 0o004;
 
+/// The job secret in this file; without one, that of a job which has been told to do without.
+///
+/// # Errors
+/// As [`read`].
+pub fn of(path: Option<&Path>) -> Result<JobSecret, Error> {
+    path.map_or_else(|| Ok(JobSecret::known_to_all()), read)
+}
+
 /// Reads the job secret.
 ///
 /// # Errors

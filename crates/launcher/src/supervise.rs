@@ -12,19 +12,23 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use paceline_runtime::nodes::LOST_NODE;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, WaitOptions};
-use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::backend::SignalDelivery;
 use signal_hook::iterator::exfiltrator::SignalOnly;
 
 use crate::child::{ProcessGroup, Spawned};
-use crate::console::{Console, RankOutput, Source, Stream};
+use crate::console::{Console, RankOutput, Route, Source, Stream};
+use crate::elastic::{Elastic, Fate};
 use crate::ending::Ending;
+use crate::error::Error;
+use crate::health::Pulse;
 use crate::job::{Action, Job};
 use crate::lines::Tail;
-use crate::rendezvous::Rendezvous;
+use crate::rendezvous::{Next, Rendezvous, Told};
 
 /// How long what a rank has left behind may still write: enough for `tee` in a start script to pass on its last lines.
 const DRAINING: Duration = Duration::from_millis(500);
@@ -64,17 +68,19 @@ struct Output {
 }
 
 impl Worker {
-    /// A process just started as `rank`, which prints to `console`.
-    pub fn new(rank: u32, process: Spawned, console: &Console) -> Self {
-        let output =
-            |pipe, stream| Output { pipe: Some(pipe), sink: console.rank_output(Source { rank, stream }) };
+    /// A process just started as `rank`, whose stdout and stderr go these ways.
+    pub fn new(rank: u32, process: Spawned, [out, err]: [Route; 2], console: &Console) -> Self {
+        let output = |pipe, stream, route| Output {
+            pipe: Some(pipe),
+            sink: console.rank_output(Source { rank, stream }, route),
+        };
         Worker {
             started: process.started,
             pid: process.group.pid(),
             group: Some(process.group),
             ended: None,
-            stdout: output(process.stdout, Stream::Out),
-            stderr: output(process.stderr, Stream::Err),
+            stdout: output(process.stdout, Stream::Out, out),
+            stderr: output(process.stderr, Stream::Err, err),
         }
     }
 
@@ -146,31 +152,45 @@ impl Output {
 }
 
 /// The signals that concern the launcher, caught from the moment this is made until the process ends.
-pub struct Signals(SignalDelivery<UnixStream, SignalOnly>);
+pub struct Signals {
+    delivery: SignalDelivery<UnixStream, SignalOnly>,
+    /// The one that is not passed on.
+    traces: Option<Signal>,
+}
 
 impl Signals {
-    /// Catches the signals that are passed on, and SIGCHLD.
+    /// Catches the signals that are passed on, `more` among them, SIGCHLD, and SIGUSR1, which asks for traces unless it
+    /// is one of `more`.
     ///
     /// SIGHUP, SIGINT and SIGQUIT stay ignored if the launcher was started so: that is what `nohup` and a script's
     /// background jobs ask for.
     ///
     /// # Errors
     /// What `socketpair` or `sigaction` said.
-    pub fn catch() -> io::Result<Self> {
+    pub fn catch(more: &[i32]) -> io::Result<Self> {
         let ignored = ignored_signals();
         let wanted = [SIGHUP, SIGINT, SIGQUIT].into_iter().filter(|signal| ignored >> (signal - 1) & 1 == 0);
         let (read, write) = UnixStream::pair()?;
-        SignalDelivery::with_pipe(read, write, SignalOnly, wanted.chain([SIGTERM, SIGCHLD])).map(Signals)
+        let wanted = wanted.chain([SIGTERM, SIGCHLD]).chain(more.iter().copied());
+        let traces = (!more.contains(&SIGUSR1)).then_some(SIGUSR1);
+        let delivery = SignalDelivery::with_pipe(read, write, SignalOnly, wanted.chain(traces))?;
+        Ok(Signals { delivery, traces: traces.and_then(Signal::from_named_raw) })
     }
 
     fn fd(&self) -> BorrowedFd<'_> {
-        self.0.get_read().as_fd()
+        self.delivery.get_read().as_fd()
     }
 
-    /// The signals that came since the last call and are to be passed on.
+    /// The signals that came since the last call and concern the job.
     pub fn take(&mut self) -> Vec<Signal> {
         // SIGCHLD only wakes the loop, which looks for ended children each time.
-        self.0.pending().filter(|&signal| signal != SIGCHLD).filter_map(Signal::from_named_raw).collect()
+        let pending = self.delivery.pending().filter(|&signal| signal != SIGCHLD);
+        pending.filter_map(Signal::from_named_raw).collect()
+    }
+
+    /// Whether the signal asks for traces, and is not for the ranks.
+    pub fn asks_for_traces(&self, signal: Signal) -> bool {
+        self.traces == Some(signal)
     }
 }
 
@@ -181,30 +201,77 @@ fn ignored_signals() -> u64 {
     mask.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or(0)
 }
 
-/// Runs the job to its end: returns when every rank has ended or has been given up, and is done, and no other
-/// machine needs this one any more.
+/// What takes the place of ranks that end.
+pub struct Replacement<'a> {
+    /// Decides which are replaced.
+    pub elastic: Elastic,
+    /// How many ranks that fail are replaced without being members of anything.
+    pub alone: u32,
+    /// Starts a process as a rank, with a variable in its environment. On the main thread, as any.
+    pub start: &'a dyn Fn(u32, (&'static str, String)) -> Result<Worker, Error>,
+}
+
+/// What follows the ranks of one generation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Then {
+    /// The job is over.
+    End,
+    /// They start again.
+    Again,
+}
+
+/// Runs one generation of the job to its end: returns when every rank has ended or has been given up, and is done, and no other
+/// machine needs this one any more, or all start again.
+///
+/// A rank that belongs to a membership is replaced by itself; where there is a membership, ranks never all start again.
 pub fn supervise(
     job: &mut Job,
     workers: &mut [Worker],
     rendezvous: &dyn Rendezvous,
     signals: &mut Signals,
     console: &Console,
-) {
-    let ranks: HashMap<Pid, u32> = workers.iter().map(|worker| worker.pid).zip(0..).collect();
+    replacement: &mut Replacement<'_>,
+    pulse: &Pulse,
+) -> Then {
+    let mut ranks: HashMap<Pid, u32> = workers.iter().map(|worker| worker.pid).zip(0..).collect();
     let mut buffer = vec![0; READ_BYTES];
     let mut told_to_stop = false;
+    let mut told = Told::Nothing;
     loop {
         let mut actions = Vec::new();
+        // Once the job has failed that is settled.
+        if job.goes_on() && replacement.elastic.has_members() {
+            told = Told::NotToStartAgain;
+            job.does_not_start_again();
+        }
         for (pid, ending) in reap() {
             let Some(&rank) = ranks.get(&pid) else { continue };
             let now = Instant::now();
             workers[rank as usize].ended = Some(now);
             tracing::info!(rank, pid = pid.as_raw_pid(), %ending, "rank ended");
-            actions.extend(job.ended(now, rank, ending));
+            if !ending.is_success() {
+                pulse.failed();
+            }
+            let fate = replacement.elastic.ended(rank, ending);
+            let is_alone = fate == Fate::Counts && !ending.is_success() && replacement.alone > 0;
+            let replaced = job.goes_on()
+                && (fate == Fate::Replaced || is_alone)
+                && replace(job, workers, (rank, ending), console, replacement);
+            replacement.alone -= u32::from(replaced && is_alone);
+            if replaced {
+                ranks.remove(&pid);
+                ranks.insert(workers[rank as usize].pid, rank);
+            } else {
+                actions.extend(job.ended(now, rank, ending));
+            }
         }
         let now = Instant::now();
         for signal in signals.take() {
             tracing::info!(signal = signal.as_raw(), "signal received");
+            if signals.asks_for_traces(signal) {
+                rendezvous.ask_for_traces();
+                continue;
+            }
             actions.extend(job.signalled(now, signal));
             if job.is_over() {
                 job.stopped_while_waiting(now, signal);
@@ -212,7 +279,20 @@ pub fn supervise(
             }
         }
         if let Some((what, exit_code)) = rendezvous.failure_elsewhere() {
+            if exit_code == 0 {
+                job.does_not_start_again();
+            }
             job.failed_elsewhere(now, what, exit_code);
+        }
+        if let Some(what) = replacement.elastic.failure() {
+            job.failed_elsewhere(now, what, LOST_NODE);
+        }
+        for rank in replacement.elastic.take_stuck() {
+            tracing::warn!(
+                rank = job.first_rank() + rank,
+                "the other ranks wait for it in vain; it is killed"
+            );
+            workers[rank as usize].group.iter().for_each(|group| group.signal(Signal::KILL));
         }
         actions.extend(job.tick(now));
         actions.into_iter().for_each(|action| perform(action, workers, rendezvous));
@@ -221,13 +301,51 @@ pub fn supervise(
         if job.is_over() && workers.iter().all(|worker| worker.group.is_none() || worker.ended.is_none()) {
             // What is left has been given up; its output still counts.
             workers.iter_mut().for_each(Worker::close);
-            rendezvous.ranks_ended();
-            if told_to_stop || rendezvous.is_over() {
-                rendezvous.cause().into_iter().for_each(|cause| job.settle(cause));
-                return;
+            let told = if job.is_stopped() { Told::ToStop } else { told };
+            rendezvous.ranks_ended(told);
+            // Asked before the answer, which forgets it.
+            let cause = rendezvous.cause();
+            let next = if told_to_stop { Next::End } else { rendezvous.next(told) };
+            if next != Next::Wait {
+                // One that ends knows more than before.
+                let cause = if next == Next::End { rendezvous.cause() } else { cause };
+                // Without a membership ranks end one by one, and what they say of each other is no cause.
+                let known = replacement.elastic.failure().is_some();
+                cause.into_iter().filter(|_| !known).for_each(|cause| job.settle(cause));
+                return if next == Next::End { Then::End } else { Then::Again };
             }
         }
+        let running = workers.iter().filter(|worker| worker.ended.is_none()).count();
+        pulse.turns(running as u32, job.goes_on());
         wait_and_read(job, workers, (signals, rendezvous), console, &mut buffer);
+    }
+}
+
+/// Starts another process in the place of a rank; whether that worked.
+fn replace(
+    job: &mut Job,
+    workers: &mut [Worker],
+    (rank, ending): (u32, Ending),
+    console: &Console,
+    replacement: &mut Replacement<'_>,
+) -> bool {
+    let worker = &mut workers[rank as usize];
+    worker.close();
+    let variable = replacement.elastic.next_process(rank);
+    let number = job.first_rank() + rank;
+    match (replacement.start)(rank, variable) {
+        Ok(next) => {
+            let (old, new) = (worker.pid.as_raw_pid(), next.pid.as_raw_pid());
+            let words = format!("paceline: rank {number} (pid {old}) {ending}; pid {new} takes its place\n");
+            console.print(Stream::Err, words.into_bytes());
+            *worker = next;
+            job.replaced(rank, worker.process());
+            true
+        }
+        Err(error) => {
+            tracing::warn!(rank = number, %error, "rank not replaced");
+            false
+        }
     }
 }
 
@@ -247,7 +365,7 @@ fn reap() -> Vec<(Pid, Ending)> {
 
 fn perform(action: Action, workers: &[Worker], rendezvous: &dyn Rendezvous) {
     match action {
-        Action::AnnounceExit { rank } => rendezvous.announce_exit(rank),
+        Action::AnnounceExit { rank, by_itself } => rendezvous.announce_exit(rank, by_itself),
         Action::AnnounceDeath { rank, ending, by_itself } => {
             rendezvous.announce_death(rank, ending, by_itself);
         }

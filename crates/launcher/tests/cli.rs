@@ -136,6 +136,9 @@ fn paceline(args: &[&str]) -> Command {
     command.args(["--default-signal=HUP,INT,QUIT", env!("CARGO_BIN_EXE_paceline")]);
     for name in [
         "PACELINE_PORT",
+        "PACELINE_INTERFACE",
+        "PACELINE_INSECURE",
+        "PACELINE_FABRIC",
         "PACELINE_JOB_SECRET_FILE",
         "PACELINE_LOG",
         "OMP_NUM_THREADS",
@@ -192,7 +195,7 @@ fn assert_refused(command: &mut Command, code: i32, line: &str) {
 #[test]
 fn bad_flags_are_refused_in_one_line() {
     let help = "see paceline run --help";
-    let ranks = "for '--nproc-per-node <N>': give a number of ranks from 1 on, such as 4";
+    let ranks = "for '--nproc-per-node <N|auto|cpu|gpu>': give a number of ranks from 1 on, such as 4, or auto, cpu or gpu";
     let endpoint =
         "for '--rdzv-endpoint <HOST:PORT>': give HOST:PORT, such as 127.0.0.1:29400 or [::1]:29400";
     let no_program = "no program to run; put it after the flags: paceline run -n 4 -- program args";
@@ -205,7 +208,7 @@ fn bad_flags_are_refused_in_one_line() {
         (&["run", "-n", "0", "--", "true"], &format!("invalid value '0' {ranks}")),
         (&["run", "-n", "abc", "--", "true"], &format!("invalid value 'abc' {ranks}")),
         (&["run", "-n", "-1", "--", "true"], &format!("unknown flag -1; {help}")),
-        (&["run", "-n"], "a value is required for '--nproc-per-node <N>' but none was supplied"),
+        (&["run", "-n"], "a value is required for '--nproc-per-node <N|auto|cpu|gpu>' but none was supplied"),
         (&["run", "--hosts", "4", "--", "true"], &format!("unknown flag --hosts; {help}")),
         (&["run", "--grade", "4", "--", "true"], "unknown flag --grade; did you mean --grace?"),
         (
@@ -227,7 +230,7 @@ fn bad_flags_are_refused_in_one_line() {
 
 #[test]
 fn a_job_of_several_nodes_needs_a_secret_that_others_cannot_read() {
-    let several = ["run", "--nnodes", "2", "--node-rank", "1", "--rdzv-endpoint", "127.0.0.1:1"];
+    let several = ["run", "--nnodes", "2", "--node-rank", "1", "--rdzv-endpoint", "127.0.0.1:1", "--"];
     let refused = |variable: &str, line: &str| {
         let mut command = paceline(&several);
         assert_refused(command.arg("true").env("PACELINE_JOB_SECRET_FILE", variable), 2, line);
@@ -255,9 +258,27 @@ fn a_job_of_several_nodes_needs_a_secret_that_others_cannot_read() {
 }
 
 #[test]
+fn an_interface_that_this_machine_does_not_have_is_refused_with_those_that_it_has() {
+    let refused = |command: &mut Command| {
+        let found = outcome(command);
+        assert_eq!((found.code(), found.stdout()), (2, ""), "{}", found.stderr);
+        let line = found.stderr.strip_prefix("paceline: the interface ").expect("the launcher says it");
+        assert!(
+            line.starts_with("`none7,203.0.113.0/24` fits none of this host's addresses, which are "),
+            "{line}"
+        );
+        assert!(line.contains("127.0.0.1 (lo)") && line.lines().count() == 1, "{line}");
+    };
+    refused(&mut paceline(&["run", "-n", "2", "--interface", "none7,203.0.113.0/24", "--", "true"]));
+    refused(paceline(&["run", "--", "true"]).env("PACELINE_INTERFACE", "none7,203.0.113.0/24"));
+    let line = "PACELINE_INTERFACE: it names no interface, network or address; leave it unset for none";
+    assert_refused(paceline(&["run", "--", "true"]).env("PACELINE_INTERFACE", ""), 2, line);
+}
+
+#[test]
 fn a_bad_port_in_the_environment_is_refused() {
     let line = "PACELINE_PORT is \"many\"; set it to a port, such as 29400, or unset it";
-    assert_refused(paceline(&["run", "true"]).env("PACELINE_PORT", "many"), 2, line);
+    assert_refused(paceline(&["run", "--", "true"]).env("PACELINE_PORT", "many"), 2, line);
 }
 
 #[test]
@@ -266,13 +287,13 @@ fn an_endpoint_that_cannot_be_used_is_refused() {
     let address = taken.local_addr().expect("bound").to_string();
     let in_use = "the port is in use; choose another one with --rdzv-endpoint";
     let line = format!("the rendezvous cannot listen on {address}: {in_use}");
-    assert_refused(&mut paceline(&["run", "--rdzv-endpoint", &address, "true"]), 2, &line);
+    assert_refused(&mut paceline(&["run", "--rdzv-endpoint", &address, "--", "true"]), 2, &line);
     let port = address.rsplit(':').next().expect("a port");
-    assert_refused(paceline(&["run", "true"]).env("PACELINE_PORT", port), 2, &line);
+    assert_refused(paceline(&["run", "--", "true"]).env("PACELINE_PORT", port), 2, &line);
 
     // TEST-NET-1: nobody has it.
     let line = "the rendezvous cannot listen on 192.0.2.1:29400: this machine does not have that address";
-    assert_refused(&mut paceline(&["run", "--rdzv-endpoint", "192.0.2.1:29400", "true"]), 2, line);
+    assert_refused(&mut paceline(&["run", "--rdzv-endpoint", "192.0.2.1:29400", "--", "true"]), 2, line);
 }
 
 #[test]

@@ -5,16 +5,19 @@
 mod job;
 
 use std::fs;
-use std::net::TcpListener;
-use std::os::unix::fs::PermissionsExt;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener};
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use job::sockets::Socket;
 use job::{Finished, Job, now_us, trial};
 use paceline_runtime::World;
 use paceline_runtime::collectives::ReduceOp;
+use paceline_transport::IoThread;
 use paceline_transport::identity::JobAuthority;
+use paceline_transport::tls::Dialler;
 use tempfile::TempDir;
 
 /// The contract: every other rank knows within this time.
@@ -24,6 +27,7 @@ const AT_ONCE_US: u128 = 1_000_000;
 const SECRET: &str = "b1946ac92492d2347c6235b4d2611184";
 
 fn main() {
+    let no_ipv6 = TcpListener::bind("[::1]:0").is_err();
     job::main(rank, || {
         vec![
             trial("two_nodes_of_two_ranks_run_collectives_and_both_launchers_exit_with_0", run_to_the_end),
@@ -49,7 +53,20 @@ fn main() {
             trial("a_launcher_that_waits_for_others_ends_on_sigterm", stopped_while_waiting),
             trial("certificates_are_renewed_on_all_nodes_while_the_job_goes_on_making_connections", renewed),
             trial("nodes_with_certificates_from_files_need_no_secret", given_identities),
+            trial("certificates_from_files_that_others_replace_outlive_their_expiry", given_and_renewed),
+            trial("certificates_from_files_that_nobody_replaces_make_no_connection_later", given_and_expired),
             trial("a_certificate_in_the_wrong_folder_is_refused_in_one_line", given_wrong_identities),
+            trial("ranks_listen_on_and_dial_from_the_interface_that_is_chosen_over_quic", || {
+                interfaces("quic")
+            }),
+            trial("ranks_listen_on_and_dial_from_the_interface_that_is_chosen_over_tls", || {
+                interfaces("tls")
+            }),
+            trial("an_interface_chosen_for_one_machine_has_the_rendezvous_too", interface_of_one_machine),
+            trial("nodes_meet_and_link_up_over_ipv6_and_quic", || over_ipv6("quic"))
+                .with_ignored_flag(no_ipv6),
+            trial("nodes_meet_and_link_up_over_ipv6_and_tls", || over_ipv6("tls")).with_ignored_flag(no_ipv6),
+            trial("an_insecure_job_needs_no_secret_and_warns_of_what_is_not_protected", insecure),
             trial("secrets_are_in_no_log_no_environment_and_no_file_that_others_can_read", secrets_kept),
         ]
     });
@@ -64,7 +81,11 @@ struct Nodes {
 
 impl Nodes {
     fn new(count: usize) -> Self {
-        let nodes = Self { folder: tempfile::tempdir().expect("a folder"), endpoint: free_endpoint(), count };
+        Self::meeting_at(free_endpoint("127.0.0.1:0"), count)
+    }
+
+    fn meeting_at(endpoint: String, count: usize) -> Self {
+        let nodes = Self { folder: tempfile::tempdir().expect("a folder"), endpoint, count };
         nodes.secret("secret", SECRET);
         nodes
     }
@@ -108,9 +129,9 @@ impl Nodes {
     }
 }
 
-/// An address of this machine whose port nobody has.
-fn free_endpoint() -> String {
-    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port").to_string()
+/// This address of this machine with a port that nobody has.
+fn free_endpoint(address: &str) -> String {
+    TcpListener::bind(address).and_then(|listener| listener.local_addr()).expect("a port").to_string()
 }
 
 fn kill(signal: &str, pid: &str) {
@@ -326,12 +347,16 @@ fn missing_node_0() {
 fn stopped_while_waiting() {
     let nodes = Nodes::new(2);
     for (node, whom) in [(0, "waiting for node 1"), (1, "waiting for node 0")] {
-        let mut job = nodes.start(node, &[], "sum");
+        let place = tempfile::tempdir().expect("a temporary folder");
+        let (secret, folder) = (nodes.path("secret"), place.path().to_str().expect("a plain name"));
+        let mut job = nodes.launch(node, &["--job-secret", &secret], &[("TMPDIR", folder)], "sum");
         job.wait_for(whom, 1);
         kill("-TERM", &job.launcher.id().to_string());
         let finished = job.finish();
         assert_eq!(finished.status.code(), Some(143));
         assert_eq!(report(&finished), "stopped by signal 15 (SIGTERM)");
+        let left: Vec<_> = fs::read_dir(folder).expect("it can be read").collect();
+        assert!(left.is_empty(), "private keys are left behind: {left:?}");
     }
 }
 
@@ -393,6 +418,90 @@ fn given_identities() {
     assert!(report(&finished).contains("its certificate is not of this job"), "{}", report(&finished));
 }
 
+/// A volume of certificates as the kubelet mounts it: each version in a folder of its own, behind a link that is turned
+/// in one step when there is a new one.
+struct Volume {
+    folder: TempDir,
+    authority: JobAuthority,
+    versions: usize,
+}
+
+impl Volume {
+    fn mount(life: Duration) -> Self {
+        let authority = JobAuthority::new("given").expect("a name");
+        let mut volume = Self { folder: tempfile::tempdir().expect("a folder"), authority, versions: 0 };
+        volume.renew(life);
+        for member in MEMBERS {
+            symlink(format!("..data/{member}"), volume.folder.path().join(member)).expect("linked");
+        }
+        volume
+    }
+
+    fn path(&self) -> &str {
+        self.folder.path().to_str().expect("text")
+    }
+
+    /// Replaces all certificates and keys.
+    fn renew(&mut self, life: Duration) {
+        let folder = self.folder.path();
+        let version = |number: usize| format!("..version-{number}");
+        give_identities(&folder.join(version(self.versions)), &self.authority, &MEMBERS, life);
+        symlink(version(self.versions), folder.join("..data_tmp")).expect("linked");
+        fs::rename(folder.join("..data_tmp"), folder.join("..data")).expect("renamed");
+        if let Some(old) = self.versions.checked_sub(2) {
+            fs::remove_dir_all(folder.join(version(old))).expect("removed");
+        }
+        self.versions += 1;
+    }
+
+    /// Whether launcher 0 lets a member in, whose own certificate is good.
+    fn is_served_at(&self, endpoint: &str) -> bool {
+        let io = IoThread::start().expect("a thread");
+        let member = self.authority.issue("worker-0", Duration::from_secs(60)).expect("a name");
+        let dialler = Dialler::new(&io.handle(), &member).expect("a good identity");
+        let addr = endpoint.parse().expect("an address");
+        let dial = async move { dialler.connect(addr, "launcher-0").await.map(drop) };
+        io.handle().block_on(dial).expect("io runs").inspect_err(|error| eprintln!("{error}")).is_ok()
+    }
+}
+
+fn given_and_renewed() {
+    let nodes = Nodes::new(2);
+    let life = Duration::from_secs(SHORT_LIFE.parse().expect("a number"));
+    let mut volume = Volume::mount(life);
+    let start = |node| nodes.launch(node, &["--identity", volume.path()], &[], "split-until-told");
+    let mut jobs = [0, 1].map(start);
+    let mounted = Instant::now();
+    for job in &mut jobs {
+        job.wait_for(" has made groups", 2);
+    }
+    while mounted.elapsed() < life + Duration::from_secs(1) {
+        std::thread::sleep(life / 3);
+        volume.renew(life);
+    }
+    // Half a second until all have seen the last one; but its predecessor is good for a while.
+    assert!(volume.is_served_at(&nodes.endpoint), "launcher 0 shows a certificate that nobody takes");
+    fs::write(nodes.path("stop"), "").expect("written");
+    for finished in jobs.map(Job::finish) {
+        finished.assert_success();
+        assert_eq!(finished.lines_with("has seen ").len(), 2, "{}", finished.lines.join("\n"));
+    }
+}
+
+fn given_and_expired() {
+    let nodes = Nodes::new(2);
+    let volume = Volume::mount(Duration::from_secs(7));
+    let flags = ["--identity", volume.path(), "--timeout", "3"];
+    for finished in [0, 1].map(|node| nodes.launch(node, &flags, &[], "split-until-told")).map(Job::finish) {
+        assert_ne!(finished.status.code(), Some(0));
+        let made = finished.lines_with(" has made groups").len();
+        assert_eq!(made, 2, "they could before:\n{}", finished.lines.join("\n"));
+        let failed = finished.lines_with(": split #");
+        let in_vain = failed.iter().filter(|line| line.contains("timed out")).count();
+        assert!(in_vain > 0, "{}", finished.lines.join("\n"));
+    }
+}
+
 fn given_wrong_identities() {
     let nodes = Nodes::new(2);
     let authority = JobAuthority::new("given").expect("a name");
@@ -412,6 +521,96 @@ fn given_wrong_identities() {
     refused("worker-3: tls.key: No such file");
     fs::rename(nodes.folder.path().join("aside"), nodes.folder.path().join("worker-3")).expect("renamed");
     refused("worker-3: it names worker-1 of given, not worker-3 of given");
+}
+
+/// Node 0 has one address and node 1 another; they meet at a third.
+fn interfaces(links: &str) {
+    const ADDRESSES: [&str; 2] = ["127.0.0.2", "127.0.0.3"];
+    let nodes = Nodes::new(2);
+    let secret = nodes.path("secret");
+    let jobs = [0, 1].map(|node| {
+        let flags = ["--job-secret", &secret, "--interface", ADDRESSES[node]];
+        nodes.launch(node, &flags, &[("PACELINE_FABRIC", links)], "sockets")
+    });
+    let meeting: SocketAddr = nodes.endpoint.parse().expect("an address");
+    for (node, finished) in jobs.map(Job::finish).into_iter().enumerate() {
+        finished.assert_success();
+        let [own, other] =
+            [ADDRESSES[node], ADDRESSES[1 - node]].map(|ip| ip.parse::<IpAddr>().expect("one"));
+        for rank in [2 * node, 2 * node + 1] {
+            let (to_launcher, links_of): (Vec<Socket>, Vec<Socket>) =
+                finished.sockets(rank).into_iter().partition(|socket| socket.remote == meeting);
+            assert_eq!(to_launcher.len(), 1, "{to_launcher:?}");
+            assert!(links_of.iter().all(|socket| socket.local.ip() == own), "rank {rank}: {links_of:?}");
+            // Over QUIC one socket has all links. Two ranks of the other node are two links, of two connections each.
+            let far = links_of.iter().filter(|socket| socket.remote.ip() == other).count();
+            let doors = links_of.iter().filter(|socket| socket.remote.port() == 0).count();
+            let expected = if links == "tls" { (4, 1) } else { (0, 1) };
+            assert_eq!((far, doors), expected, "rank {rank}: {links_of:?}");
+        }
+    }
+}
+
+fn interface_of_one_machine() {
+    let flags = ["--interface", "127.0.0.4"];
+    let variables = [("PACELINE_FABRIC", "tls"), ("PACELINE_INTERFACE", "127.0.0.5")];
+    let finished = Job::launch(&[&flags[..], &["-n", "2"]].concat(), &variables, "sockets", &[]).finish();
+    finished.assert_success();
+    let address: IpAddr = [127, 0, 0, 4].into();
+    for rank in [0, 1] {
+        let (own, others): (Vec<Socket>, Vec<Socket>) =
+            finished.sockets(rank).into_iter().partition(|socket| socket.local.ip() == address);
+        // The door, and a link of two connections.
+        assert_eq!(own.len(), 3, "{own:?}");
+        // The rendezvous: the system chooses the near end.
+        assert_eq!(others.len(), 1, "{others:?}");
+        assert_eq!(others[0].remote.ip(), address);
+    }
+}
+
+fn over_ipv6(links: &str) {
+    let nodes = Nodes::meeting_at(free_endpoint("[::1]:0"), 2);
+    assert!(nodes.endpoint.starts_with("[::1]:"), "{}", nodes.endpoint);
+    let secret = nodes.path("secret");
+    let start =
+        |node| nodes.launch(node, &["--job-secret", &secret], &[("PACELINE_FABRIC", links)], "sockets");
+    let mut first = start(0);
+    let line = first.wait_for("waiting for node 1", 1).remove(0);
+    assert_eq!(line, format!("paceline: waiting for node 1 to come to {}", nodes.endpoint));
+    let second = start(1);
+    for (node, finished) in [first.finish(), second.finish()].into_iter().enumerate() {
+        finished.assert_success();
+        for rank in [2 * node, 2 * node + 1] {
+            let sockets = finished.sockets(rank);
+            assert!(sockets.iter().all(|socket| socket.local.ip() == Ipv6Addr::LOCALHOST), "{sockets:?}");
+            assert_eq!(sockets.iter().any(|socket| !socket.is_tcp), links == "quic", "{sockets:?}");
+        }
+    }
+}
+
+fn insecure() {
+    let nodes = Nodes::new(2);
+    let flags = [&["--insecure"][..], &["--insecure", "--fabric", "tcp"]];
+    for (flags, links) in flags.into_iter().zip(["tls", "tcp"]) {
+        let jobs = [0, 1].map(|node| nodes.launch(node, flags, &[("PACELINE_FABRIC", "tls")], "links"));
+        for finished in jobs.map(Job::finish) {
+            finished.assert_success();
+            assert_eq!(finished.lines_with(&format!(" is linked over {links}")).len(), 2, "{links}");
+            let open = format!(
+                "without a job secret anybody who reaches {} can join it, as any machine",
+                nodes.endpoint
+            );
+            let plain = "; over tcp anybody on the way can read and change what ranks send each other";
+            let plain = if links == "tcp" { plain } else { "" };
+            assert_eq!(report(&finished), format!("warning: this job is insecure: {open}{plain}"));
+        }
+    }
+    // Who has a secret lets nobody in that has none.
+    let mut first = nodes.start(0, &[], "sum");
+    first.wait_for("waiting for node 1", 1);
+    let finished = nodes.launch(1, &["--insecure"], &[], "sum").finish();
+    let refused = "what answers there does not have this job secret; give every node the same secret";
+    assert!(finished.lines.iter().any(|line| line.ends_with(refused)), "{}", finished.lines.join("\n"));
 }
 
 fn secrets_kept() {
@@ -452,7 +651,7 @@ fn secrets_kept() {
     }
 }
 
-fn rank(part: &str, _: &[String]) {
+fn rank(part: &str, args: &[String]) {
     let number: usize = std::env::var("RANK").ok().and_then(|rank| rank.parse().ok()).expect("a rank");
     if part == "traced-loop" {
         tracing_subscriber::fmt()
@@ -461,7 +660,8 @@ fn rank(part: &str, _: &[String]) {
             .with_ansi(false)
             .init();
     }
-    if let Err(error) = play(part) {
+    let stop = args.first().map_or(Path::new(""), Path::new);
+    if let Err(error) = play(part, stop) {
         eprintln!("rank {number} failed at {} with: {error}", now_us());
         std::process::exit(1);
     }
@@ -475,7 +675,10 @@ struct Renewals {
 
 impl Renewals {
     fn new() -> Self {
-        let path = std::env::var_os("PACELINE_IDENTITY").expect("the launcher sets it").into();
+        let mut path = PathBuf::from(std::env::var_os("PACELINE_IDENTITY").expect("the launcher sets it"));
+        if path.is_dir() {
+            path.push("tls.crt");
+        }
         let mut renewals = Self { path, seen: Vec::new() };
         renewals.count();
         renewals
@@ -491,7 +694,7 @@ impl Renewals {
     }
 }
 
-fn play(part: &str) -> Result<(), paceline_runtime::Error> {
+fn play(part: &str, stop: &Path) -> Result<(), paceline_runtime::Error> {
     let mut world = World::join()?;
     let (rank, size) = (world.rank(), world.world_size());
     let mut buffer = vec![0.0f32; 1_000_000];
@@ -502,6 +705,13 @@ fn play(part: &str) -> Result<(), paceline_runtime::Error> {
             assert!(buffer.iter().all(|&sum| sum == buffer[0]), "elements differ");
             eprintln!("rank {rank} has the sum {} of {size} ranks", buffer[0]);
         }
+        "links" => eprintln!("rank {rank} is linked over {}", world.links()),
+        "sockets" => {
+            world.communicator().all_reduce(&mut buffer, ReduceOp::Sum)?;
+            for socket in Socket::own() {
+                eprintln!("rank {rank} socket {socket}");
+            }
+        }
         "loop" | "traced-loop" => {
             for round in 0.. {
                 world.communicator().all_reduce(&mut buffer, ReduceOp::Sum)?;
@@ -510,18 +720,22 @@ fn play(part: &str) -> Result<(), paceline_runtime::Error> {
                 }
             }
         }
-        "split" => {
+        "split" | "split-until-told" => {
             let mut renewals = Renewals::new();
             let start = Instant::now();
             let life = Duration::from_secs(SHORT_LIFE.parse().expect("a number"));
-            let mut going_on = [1u8];
+            let (mut going_on, mut said) = ([1u8], false);
             while going_on == [1] {
                 world.communicator().all_reduce(&mut buffer, ReduceOp::Sum)?;
                 let half = world.communicator().split(Some(rank as u32 % 2), 0)?;
                 let mut half = half.expect("every rank has a colour");
                 half.all_reduce(&mut [1.0f32; 100], ReduceOp::Sum)?;
                 half.leave()?;
-                going_on = [u8::from(renewals.count() < 2 || start.elapsed() < life)];
+                if !std::mem::replace(&mut said, true) {
+                    eprintln!("rank {rank} has made groups");
+                }
+                let is_told = part == "split" || stop.exists();
+                going_on = [u8::from(renewals.count() < 2 || start.elapsed() < life || !is_told)];
                 world.communicator().all_reduce(&mut going_on, ReduceOp::Max)?;
             }
             eprintln!("rank {rank} has seen {} renewals", renewals.count());

@@ -235,7 +235,7 @@ impl<T> State<T> {
 }
 
 /// Parameter numbers by bucket, in reverse order. A parameter larger than a bucket has one to itself.
-fn partition(lens: &[usize], element_size: usize, config: Config) -> Vec<Vec<usize>> {
+pub(crate) fn partition(lens: &[usize], element_size: usize, config: Config) -> Vec<Vec<usize>> {
     let mut buckets: Vec<Vec<usize>> = Vec::new();
     let mut room = 0;
     for parameter in (0..lens.len()).rev() {

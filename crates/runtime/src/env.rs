@@ -3,14 +3,16 @@
 //! Parsing is a pure function of a lookup, so that it is tested without touching the process; nothing
 //! below this module reads the environment. docs/configuration.md lists every variable.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use paceline_collectives::device::{Setup, Wanted};
 use paceline_collectives::{Algorithm, Config, Order};
 use paceline_transport::Fabric;
 use paceline_transport::shm::Sharing;
 
 use crate::Error;
+use crate::interface::Selection;
 
 /// A worker's place in a job, as its launcher says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,30 +25,59 @@ pub struct JobEnv {
     pub local_rank: usize,
     /// The number of ranks on this host.
     pub local_world_size: usize,
+    /// How often all ranks of the job were started before.
+    pub generation: u32,
     /// Where the ranks meet, `host:port`.
     pub rendezvous: String,
     /// How long to wait there for the others.
     pub rendezvous_timeout: Duration,
     /// The file with this member's certificate and key.
     pub identity: PathBuf,
+    /// Which of this host's addresses this process listens on, tells the other ranks, and dials them from; `None`
+    /// leaves it to the system.
+    pub interface: Option<Selection>,
+    /// The folder for traces of the flight recorder; `None` for none.
+    pub flight_recorder: Option<PathBuf>,
+}
+
+/// Where a worker that can lose others finds its launcher.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ElasticEnv {
+    /// The launcher's socket.
+    pub socket: PathBuf,
+    /// Which of the launcher's processes this is.
+    pub child: u32,
+    /// The file or folder with this worker's certificate and key.
+    pub identity: PathBuf,
 }
 
 /// How long ranks wait for each other at the start unless told otherwise.
 pub const DEFAULT_RENDEZVOUS_TIMEOUT: Duration = Duration::from_secs(600);
 
+const ELASTIC: &str = "PACELINE_ELASTIC";
 const RANK: &str = "PACELINE_RANK";
 const WORLD_SIZE: &str = "PACELINE_WORLD_SIZE";
 const LOCAL_RANK: &str = "PACELINE_LOCAL_RANK";
 const LOCAL_WORLD_SIZE: &str = "PACELINE_LOCAL_WORLD_SIZE";
+const GENERATION: &str = "PACELINE_GENERATION";
 const RENDEZVOUS: &str = "PACELINE_RENDEZVOUS";
 const RENDEZVOUS_TIMEOUT: &str = "PACELINE_RENDEZVOUS_TIMEOUT";
 const IDENTITY: &str = "PACELINE_IDENTITY";
+const FLIGHT_RECORDER: &str = "PACELINE_FLIGHT_RECORDER";
+pub(crate) const INTERFACE: &str = "PACELINE_INTERFACE";
 const TIMEOUT: &str = "PACELINE_TIMEOUT";
 const SEGMENT_BYTES: &str = "PACELINE_SEGMENT_BYTES";
 const ALGORITHM: &str = "PACELINE_ALGORITHM";
 const ORDER: &str = "PACELINE_ORDER";
 const SHARED_MEMORY: &str = "PACELINE_SHARED_MEMORY";
 const FABRIC: &str = "PACELINE_FABRIC";
+const INSECURE: &str = "PACELINE_INSECURE";
+const BACKEND: &str = "PACELINE_BACKEND";
+const CUDA_PATH: &str = "PACELINE_CUDA_PATH";
+/// NCCL's own: what takes the place of the host's name where it looks which ranks share a host.
+const NCCL_HOSTID: &str = "NCCL_HOSTID";
+/// What Linux draws at each start.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// The largest world a launcher may announce; a typing error should not allocate links for millions.
 const WORLD_SIZE_LIMIT: usize = 65_536;
@@ -82,9 +113,14 @@ impl JobEnv {
             world_size,
             local_rank: number(&lookup, LOCAL_RANK, 0, local_world_size - 1)?,
             local_world_size,
+            generation: lookup(GENERATION)
+                .map_or(Ok(0), |_| number(&lookup, GENERATION, 0, u32::MAX as usize))?
+                as u32,
             rendezvous: required(&lookup, RENDEZVOUS)?,
             rendezvous_timeout: seconds(&lookup, RENDEZVOUS_TIMEOUT)?.unwrap_or(DEFAULT_RENDEZVOUS_TIMEOUT),
             identity: required(&lookup, IDENTITY)?.into(),
+            interface: interface(&lookup)?,
+            flight_recorder: lookup(FLIGHT_RECORDER).filter(|folder| !folder.is_empty()).map(PathBuf::from),
         }))
     }
 
@@ -102,7 +138,33 @@ impl JobEnv {
         ] {
             vars.extend([(ours, value.to_string()), (torchrun, value.to_string())]);
         }
+        vars.push((GENERATION, self.generation.to_string()));
+        let folder = self.flight_recorder.as_ref().map(|folder| folder.to_string_lossy().into_owned());
+        vars.extend(folder.map(|folder| (FLIGHT_RECORDER, folder)));
+        vars.extend(self.interface.as_ref().map(|interface| (INTERFACE, interface.to_string())));
         vars
+    }
+}
+
+impl ElasticEnv {
+    /// Reads the variables; `None` without a launcher that can replace workers.
+    ///
+    /// # Errors
+    /// [`Error::Environment`] for a variable that is missing or makes no sense.
+    pub fn from_vars(lookup: impl Fn(&str) -> Option<String>) -> Result<Option<Self>, Error> {
+        let Some(value) = lookup(ELASTIC) else { return Ok(None) };
+        let place = value.split_once('@').and_then(|(child, socket)| Some((child.parse().ok()?, socket)));
+        let (child, socket) = place.ok_or_else(|| Error::Environment {
+            variable: ELASTIC,
+            reason: format!("`{value}` is not of the form NUMBER@PATH; `paceline run` sets it"),
+        })?;
+        let identity = required(&lookup, IDENTITY)?.into();
+        Ok(Some(Self { socket: socket.into(), child, identity }))
+    }
+
+    /// The variable that [`from_vars`](Self::from_vars) reads back, beside that of the identity.
+    pub fn to_var(child: u32, socket: &Path) -> (&'static str, String) {
+        (ELASTIC, format!("{child}@{}", socket.display()))
     }
 }
 
@@ -119,7 +181,12 @@ pub fn collectives_config(lookup: impl Fn(&str) -> Option<String>) -> Result<Con
     if lookup(SEGMENT_BYTES).is_some() {
         config.segment_bytes = number(&lookup, SEGMENT_BYTES, 64, 32 * 1024 * 1024)?;
     }
-    let algorithms = [("auto", Algorithm::Auto), ("direct", Algorithm::Direct), ("ring", Algorithm::Ring)];
+    let algorithms = [
+        ("auto", Algorithm::Auto),
+        ("direct", Algorithm::Direct),
+        ("ring", Algorithm::Ring),
+        ("halving", Algorithm::Halving),
+    ];
     if let Some(algorithm) = choice(&lookup, ALGORITHM, &algorithms)? {
         config.algorithm = algorithm;
     }
@@ -149,9 +216,81 @@ pub fn sharing(lookup: impl Fn(&str) -> Option<String>) -> Result<Sharing, Error
 /// Which links the ranks use that share no memory: `PACELINE_FABRIC`.
 ///
 /// # Errors
-/// [`Error::Environment`] for a value that makes no sense.
+/// [`Error::Environment`] for a value that makes no sense, and for links without protection that `PACELINE_INSECURE`
+/// does not allow.
 pub fn fabric(lookup: impl Fn(&str) -> Option<String>) -> Result<Fabric, Error> {
-    Ok(choice(&lookup, FABRIC, &Fabric::NAMES)?.unwrap_or_default())
+    let fabric = choice(&lookup, FABRIC, &Fabric::NAMES)?.unwrap_or_default();
+    if fabric == Fabric::Tcp && !insecure(&lookup)? {
+        let reason =
+            format!("{PLAIN_TCP}; where that is meant, paceline run --insecure or {INSECURE}=1 allows it");
+        return Err(Error::Environment { variable: FABRIC, reason });
+    }
+    Ok(fabric)
+}
+
+/// What is wrong with links over plain TCP, as the beginning of a sentence.
+pub const PLAIN_TCP: &str = "over tcp anybody on the way can read and change what ranks send each other";
+
+/// Whether the job may go without protection where it is told to: `PACELINE_INSECURE`.
+///
+/// # Errors
+/// [`Error::Environment`] for a value other than 1 and 0.
+pub fn insecure(lookup: impl Fn(&str) -> Option<String>) -> Result<bool, Error> {
+    Ok(choice(&lookup, INSECURE, &[("1", true), ("0", false)])?.unwrap_or(false))
+}
+
+/// Which way collectives on device memory are to go, for [`agree`](paceline_collectives::device::agree):
+/// `PACELINE_BACKEND`.
+///
+/// # Errors
+/// [`Error::Environment`] for a value that makes no sense.
+pub fn backend(lookup: impl Fn(&str) -> Option<String>) -> Result<Wanted, Error> {
+    Ok(choice(&lookup, BACKEND, &Wanted::NAMES)?.unwrap_or_default())
+}
+
+/// How a group of devices is formed: by `PACELINE_BACKEND`, and on the host that NCCL would take it for.
+///
+/// # Errors
+/// [`Error::Environment`] for a value that makes no sense.
+pub fn device_setup(lookup: impl Fn(&str) -> Option<String>) -> Result<Setup, Error> {
+    let wanted = backend(&lookup)?;
+    let host = lookup(NCCL_HOSTID).or_else(|| std::fs::read_to_string(BOOT_ID).ok());
+    Ok(Setup::new(wanted, host_number(host.as_deref().unwrap_or_default().trim())))
+}
+
+/// The first eight bytes of the digest of a host's name.
+fn host_number(name: &str) -> u64 {
+    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, name.as_bytes());
+    digest.as_ref().first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes))
+}
+
+/// The file with CUDA's driver, where the system does not know it: `PACELINE_CUDA_PATH`.
+pub fn cuda_driver(lookup: impl Fn(&str) -> Option<String>) -> Option<PathBuf> {
+    lookup(CUDA_PATH).filter(|path| !path.is_empty()).map(PathBuf::from)
+}
+
+/// The variable that says how collectives on device memory go.
+pub fn backend_var(name: &str) -> (&'static str, String) {
+    (BACKEND, name.to_owned())
+}
+
+/// The variable that carries the launcher's `--insecure` to the ranks.
+pub fn insecure_var() -> (&'static str, String) {
+    (INSECURE, "1".to_owned())
+}
+
+/// The file or folder with this member's certificate and key: `PACELINE_IDENTITY`.
+pub fn identity(lookup: impl Fn(&str) -> Option<String>) -> Option<PathBuf> {
+    lookup(IDENTITY).filter(|path| !path.is_empty()).map(PathBuf::from)
+}
+
+/// Which of this host's addresses are meant: `PACELINE_INTERFACE`.
+///
+/// # Errors
+/// [`Error::Environment`] for a value that makes no sense.
+pub fn interface(lookup: impl Fn(&str) -> Option<String>) -> Result<Option<Selection>, Error> {
+    let unusable = |reason: String| Error::Environment { variable: INTERFACE, reason };
+    lookup(INTERFACE).map(|list| list.parse().map_err(unusable)).transpose()
 }
 
 /// The variable that carries the launcher's `--fabric` to the ranks.
@@ -221,9 +360,12 @@ mod tests {
             world_size: 8,
             local_rank: 1,
             local_world_size: 2,
+            generation: 3,
             rendezvous: "127.0.0.1:29400".to_owned(),
             rendezvous_timeout: Duration::from_millis(1500),
             identity: "/run/job/worker-3.pem".into(),
+            interface: Some("10.0.0.0/8".parse().expect("a network")),
+            flight_recorder: Some("/traces".into()),
         }
     }
 
@@ -242,6 +384,8 @@ mod tests {
     #[test]
     fn a_worker_reads_what_its_launcher_wrote() {
         assert_eq!(JobEnv::from_vars(lookup(env().to_vars())), Ok(Some(env())));
+        let anywhere = JobEnv { interface: None, flight_recorder: None, ..env() };
+        assert_eq!(JobEnv::from_vars(lookup(anywhere.to_vars())), Ok(Some(anywhere)));
     }
 
     #[test]
@@ -269,6 +413,8 @@ mod tests {
             (IDENTITY, Some(""), "not set"),
             (RENDEZVOUS_TIMEOUT, Some("soon"), "positive number of seconds"),
             (RENDEZVOUS_TIMEOUT, Some("1e300"), "positive number of seconds"),
+            (INTERFACE, Some("10.0.0.0/99"), "a number from 0 to 32"),
+            (INTERFACE, Some(""), "names no interface"),
         ] {
             let error =
                 JobEnv::from_vars(lookup(vars_but(variable, value))).expect_err("a bad value").to_string();
@@ -282,6 +428,7 @@ mod tests {
         assert_eq!(collectives_config(|_| None), Ok(Config::default()));
         assert_eq!(set(TIMEOUT, "2.5").map(|config| config.timeout), Ok(Duration::from_millis(2500)));
         assert_eq!(set(ALGORITHM, "ring").map(|config| config.algorithm), Ok(Algorithm::Ring));
+        assert_eq!(set(ALGORITHM, "halving").map(|config| config.algorithm), Ok(Algorithm::Halving));
         assert_eq!(set(ORDER, "any").map(|config| config.order), Ok(Order::Any));
         assert_eq!(set(SEGMENT_BYTES, "1024").map(|config| config.segment_bytes), Ok(1024));
         let shared = |value: &str| sharing(lookup(vec![(SHARED_MEMORY, value.to_owned())]));
@@ -294,7 +441,20 @@ mod tests {
         let links = |value: &str| fabric(lookup(vec![(FABRIC, value.to_owned())]));
         assert_eq!((fabric(|_| None), links("quic")), (Ok(Fabric::Auto), Ok(Fabric::Quic)));
         assert_eq!(fabric(lookup(vec![fabric_var(Fabric::Tls)])), Ok(Fabric::Tls));
-        assert!(links("tcp").expect_err("nonsense").to_string().contains("none of auto, quic, tls"));
+        assert!(links("udp").expect_err("nonsense").to_string().contains("none of auto, quic, tls, tcp"));
+        let plain =
+            |insecure: &str| fabric(lookup(vec![fabric_var(Fabric::Tcp), (INSECURE, insecure.to_owned())]));
+        assert_eq!((plain("1"), fabric(lookup(vec![insecure_var()]))), (Ok(Fabric::Tcp), Ok(Fabric::Auto)));
+        for refused in [links("tcp"), plain("0")] {
+            assert!(refused.expect_err("it was not allowed").to_string().contains("--insecure"));
+        }
+        let device = |value: &str| backend(lookup(vec![(BACKEND, value.to_owned())]));
+        assert_eq!((backend(|_| None), device("nccl")), (Ok(Wanted::Auto), Ok(Wanted::Nccl)));
+        let host =
+            |name: &str| device_setup(lookup(vec![(NCCL_HOSTID, name.to_owned())])).expect("right").host;
+        assert_eq!((host("a") == host("b"), host("a") == host("a")), (false, true));
+        assert!(device("gpu").expect_err("nonsense").to_string().contains("none of auto, nccl, fallback"));
+        assert!(plain("yes").expect_err("nonsense").to_string().contains("none of 1, 0"));
         for (variable, value) in
             [(TIMEOUT, "0"), (TIMEOUT, "nan"), (ALGORITHM, "tree"), (ORDER, ""), (SEGMENT_BYTES, "1")]
         {

@@ -29,6 +29,15 @@ pub enum Error {
         /// What was wrong and what to do.
         reason: String,
     },
+    /// A checkpoint; training can go on without it.
+    #[error(transparent)]
+    Checkpoint(#[from] crate::checkpoint::Error),
+    /// This worker cannot go on in a job whose membership changes.
+    #[error("membership: {reason}")]
+    Membership {
+        /// What has happened.
+        reason: String,
+    },
     /// The links between the ranks.
     #[error(transparent)]
     Transport(#[from] transport::Error),

@@ -5,16 +5,20 @@
 //!
 //! ```text
 //! launcher of node 2                        launcher 0
-//! Attend{claim}                 ─────▶
+//! Attend{claim, after}          ─────▶  after: the generation that it has been part of, if launcher 0 was lost
 //!                               ◀─────  Waiting{missing}
 //! Beat                          ─────▶
-//!                               ◀─────  Start | Refused{reason}
+//!                               ◀─────  Start{generation} | Refused{reason}
 //! Died{rank, …} | Exited{rank}  ─────▶  told to all workers and launchers
 //!                               ◀─────  Failed{failure}     the first of the job, wherever it was
-//! Ended                         ─────▶  no rank runs here any more
+//! Ended | Left                  ─────▶  no rank runs here any more, or ever will
 //!                               ◀─────  Verdict{cause}      what the job failed of, if it has
+//!                               ◀─────  or Waiting{missing} and Start again: the next generation of the job
 //! Beat                          ◀────▶  every half second; silence for 5 s is a loss
 //! ```
+//! A launcher that loses launcher 0 may come again, to another one at the same place, which goes on with the generation
+//! after the last one that any of them has been part of.
+//!
 //! What is decided is decided in `Seats` and `Causes`, which have neither clock nor network.
 
 use std::collections::BTreeMap;
@@ -36,6 +40,13 @@ use crate::rendezvous::{LAUNCHER, dial, worker};
 /// not where the work is; a machine so busy that it says nothing for 5 s trains nothing either.
 pub(crate) const BEAT: Duration = Duration::from_millis(500);
 pub(crate) const SILENCE: Duration = Duration::from_secs(5);
+
+/// How long a place that is taken may take to become free: a launcher that was killed is missed after 5 s, and that of
+/// a job before goes when its ranks have had their grace.
+pub const TAKEN: Duration = Duration::from_secs(30);
+
+/// The pause between two attempts at a place that is taken.
+const TAKEN_PAUSE: Duration = Duration::from_secs(1);
 
 /// How long a node that has its certificates may take to attend.
 const PROMISE: Duration = Duration::from_secs(10);
@@ -83,6 +94,32 @@ impl Layout {
     }
 }
 
+/// One start of all ranks of the job.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Generation {
+    /// How many there have been before.
+    pub number: u32,
+    /// How many there may be after the first, as launcher 0 was told.
+    pub max_restarts: u32,
+    /// Where the programs meet by themselves, if they do: a name or an address of node 0,
+    pub master_addr: String,
+    /// and a port there, which is no other generation's.
+    pub master_port: u16,
+}
+
+impl Generation {
+    /// How often the job may start again.
+    pub fn restarts_left(&self) -> u32 {
+        // Each generation has cost one.
+        self.max_restarts.saturating_sub(self.number)
+    }
+
+    /// With another launcher's words made fit for an environment variable.
+    fn quoted(self) -> Self {
+        Self { master_addr: quote(&self.master_addr), ..self }
+    }
+}
+
 /// What made a job fail.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
@@ -97,9 +134,9 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// With another launcher's words made fit for one line.
+    /// With another launcher's words made fit for one line, and an exit code that is one of a failure.
     fn quoted(self) -> Self {
-        Self { cause: quote(&self.cause), ..self }
+        Self { cause: quote(&self.cause), exit_code: self.exit_code.max(1), ..self }
     }
 }
 
@@ -116,22 +153,35 @@ impl fmt::Display for Failure {
 /// From a launcher to launcher 0.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Report {
-    Attend(Claim),
+    Attend { claim: Claim, after: Option<u32> },
     Died { rank: u32, cause: String, exit_code: u8, by_itself: bool },
     Exited { rank: u32 },
     Ended,
+    Left,
     Beat,
+    AskForTraces,
 }
 
 /// From launcher 0 to another launcher.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Order {
-    Waiting { missing: Vec<u32> },
-    Start,
-    Refused { reason: String },
+    Waiting {
+        missing: Vec<u32>,
+    },
+    Start(Generation),
+    Refused {
+        reason: String,
+        for_now: bool,
+    },
     Failed(Failure),
-    Verdict { cause: Option<Failure> },
+    Verdict {
+        cause: Option<Failure>,
+    },
     Beat,
+    /// The job is over, and has not failed: this rank has finished, which decides for all.
+    Completed {
+        rank: u32,
+    },
 }
 
 /// The longest cause that is passed on, in bytes; ours have a tenth.
@@ -150,6 +200,10 @@ pub(crate) struct Seats {
     /// Since when all have come.
     complete: Option<Instant>,
     started: bool,
+    /// How often the job may start again.
+    restarts: u32,
+    /// The last generation that any launcher has been part of, if one has come from another launcher 0.
+    after: Option<u32>,
 }
 
 #[derive(Debug)]
@@ -173,7 +227,43 @@ enum Presence {
 
 impl Seats {
     pub(crate) fn new(layout: Layout) -> Self {
-        Self { layout, seats: BTreeMap::new(), complete: None, started: layout.nodes == 1 }
+        let started = layout.nodes == 1;
+        Self { layout, seats: BTreeMap::new(), complete: None, started, restarts: 0, after: None }
+    }
+
+    /// Lets the job start again so often.
+    pub(crate) fn allow_restarts(&mut self, most: u32) {
+        self.restarts = most;
+    }
+
+    /// A launcher that attends has been part of this generation, under another launcher 0.
+    pub(crate) fn comes_after(&mut self, generation: u32) {
+        self.after = self.after.max(Some(generation));
+    }
+
+    /// The one of these that starts: the first, or, where launchers have come from another launcher 0, the other one
+    /// with the number after theirs. It costs a restart as any does.
+    pub(crate) fn begins_with(&mut self, first: Generation, instead: Generation) -> Generation {
+        let next = self.after.take().map(|after| after.saturating_add(1));
+        let Some(number) = next.filter(|&number| number > first.number) else { return first };
+        let next = Generation { number, ..instead };
+        self.restarts = next.restarts_left();
+        next
+    }
+
+    /// Whether the job may start again.
+    pub(crate) fn may_restart(&self) -> bool {
+        self.restarts > 0
+    }
+
+    /// The job starts again as soon as all launchers are there: those that `are_connected`, and others in place of the rest.
+    pub(crate) fn begin_again(&mut self, is_connected: impl Fn(u32) -> bool) {
+        self.restarts = self.restarts.saturating_sub(1);
+        self.started = self.layout.nodes == 1;
+        self.complete = None;
+        for (&node, seat) in &mut self.seats {
+            seat.presence = if is_connected(node) { Presence::Attending } else { Presence::Lost };
+        }
     }
 
     /// Decides about a node that knows the secret.
@@ -199,6 +289,8 @@ impl Seats {
             Some(seat) if seat.incarnation == incarnation => match seat.presence {
                 // Renewing.
                 Presence::Attending | Presence::Promised(_) => return Verdict::Admitted,
+                // It waits for the next generation.
+                Presence::Ended if self.may_restart() => return Verdict::Admitted,
                 Presence::Ended | Presence::Lost => {
                     return refused(format!("node {node} has ended"));
                 }
@@ -210,8 +302,16 @@ impl Seats {
                     let holder = seat.remote.ip();
                     return Verdict::NotNow(format!("node {node} is taken by a live launcher at {holder}"));
                 }
+                Presence::Ended | Presence::Lost if self.may_restart() => {
+                    return Verdict::NotNow(format!(
+                        "node {node} has ended, and the job has not yet started again"
+                    ));
+                }
+                // The whole job may have been started again, and this launcher be that of the job before, which is ending.
                 Presence::Ended | Presence::Lost => {
-                    return refused(format!("node {node} of this job has ended; start the whole job again"));
+                    return Verdict::NotNow(format!(
+                        "node {node} of this job has ended; start the whole job again"
+                    ));
                 }
             },
             None => {}
@@ -230,19 +330,17 @@ impl Seats {
 
     /// The launcher of `node` has come, with a certificate that says so. Where it did not get that from us, its
     /// claim is decided about now.
-    pub(crate) fn attend(
-        &mut self,
-        node: u32,
-        claim: &Claim,
-        remote: SocketAddr,
-        now: Instant,
-    ) -> Result<(), String> {
+    pub(crate) fn attend(&mut self, node: u32, claim: &Claim, remote: SocketAddr, now: Instant) -> Verdict {
+        let refused = Verdict::Refused;
         if claim.node != node {
-            return Err(format!("the launcher of node {node} may not come as that of node {}", claim.node));
+            return refused(format!(
+                "the launcher of node {node} may not come as that of node {}",
+                claim.node
+            ));
         }
-        match self.admit(claim, remote, now) {
-            Verdict::Admitted => {}
-            Verdict::Refused(reason) | Verdict::NotNow(reason) => return Err(reason),
+        let admitted = self.admit(claim, remote, now);
+        if admitted != Verdict::Admitted {
+            return admitted;
         }
         let incarnation = claim.incarnation;
         match self.seats.get_mut(&node) {
@@ -250,11 +348,11 @@ impl Seats {
                 Presence::Promised(until) if now < until || !self.started => {
                     seat.presence = Presence::Attending;
                     seat.heard = now;
-                    Ok(())
+                    Verdict::Admitted
                 }
-                _ => Err(format!("node {node} has come before")),
+                _ => refused(format!("node {node} has come before")),
             },
-            _ => Err(format!("node {node} is another launcher's")),
+            _ => refused(format!("node {node} is another launcher's")),
         }
     }
 
@@ -396,11 +494,21 @@ struct Heard {
     on_change: OnChange,
 }
 
-#[derive(Default)]
 struct HeardState {
+    /// The last one that has started.
+    generation: Generation,
     failure: Option<Failure>,
     /// The answer to [`Report::Ended`].
     verdict: Option<Option<Failure>>,
+    /// The connection has ended without one.
+    lost: bool,
+}
+
+impl HeardState {
+    /// Nothing was said about this generation.
+    fn of(generation: Generation) -> Self {
+        Self { generation: generation.quoted(), failure: None, verdict: None, lost: false }
+    }
 }
 
 impl Heard {
@@ -412,7 +520,15 @@ impl Heard {
             Order::Verdict { cause } => {
                 self.update(|state| state.verdict = Some(cause.map(Failure::quoted)));
             }
-            Order::Waiting { .. } | Order::Start | Order::Refused { .. } | Order::Beat => {}
+            Order::Start(generation) => self.update(|state| {
+                *state = HeardState::of(generation);
+            }),
+            // The nodes have not met again.
+            Order::Refused { reason, .. } => self.update(|state| lost(state, &reason)),
+            Order::Completed { rank } => self.update(|state| {
+                state.failure.get_or_insert(completion(rank));
+            }),
+            Order::Waiting { .. } | Order::Beat => {}
         }
     }
 
@@ -427,24 +543,38 @@ impl Heard {
     }
 }
 
+/// A launcher that comes to launcher 0.
+#[derive(Clone, Debug)]
+pub struct Comer {
+    /// Who it is.
+    pub claim: Claim,
+    /// The generation that it has been part of, if it has lost launcher 0 since.
+    pub after: Option<u32>,
+    /// Until when it waits for the others.
+    pub deadline: Instant,
+    /// How long it waits for its place to become free.
+    pub patience: Duration,
+}
+
 impl Attendance {
-    /// Connects to launcher 0 at `server`, says who this is (`claim`), and waits until all nodes have come, until `deadline`. `waiting` is
+    /// Connects to launcher 0 at `server`, says who this is, and waits until all nodes have come. `waiting` is
     /// called with the nodes that are missing whenever that changes. Blocks.
     ///
     /// # Errors
-    /// [`Error::Rendezvous`] with who is missing, or why this launcher was refused.
+    /// [`Error::Rendezvous`] with who is missing, or why this launcher was refused; [`Error::Transport`] when the
+    /// connection has ended before the start: launcher 0 may be replaced.
     pub fn begin(
         io: &IoHandle,
         dialler: Dialler,
         server: &str,
-        claim: Claim,
-        deadline: Instant,
+        comer: Comer,
         waiting: impl Fn(&[u32]) + Send + 'static,
         on_change: OnChange,
     ) -> Result<Self, Error> {
         let (reports, outgoing) = unbounded_channel();
-        let heard = Arc::new(Heard { state: Mutex::default(), on_change });
-        let lane = io.block_on(attend(dialler, server.to_owned(), claim, deadline, waiting))??;
+        let attending = attend_in_the_end(dialler, server.to_owned(), comer, waiting);
+        let (lane, first) = io.block_on(attending)??;
+        let heard = Arc::new(Heard { state: Mutex::new(HeardState::of(first)), on_change });
         let task = io.spawn(follow(lane, outgoing, heard.clone()));
         Ok(Self { reports, heard, task })
     }
@@ -465,7 +595,24 @@ impl Attendance {
         self.report(Report::Ended);
     }
 
-    /// The first failure of the job, on whichever node, or the loss of launcher 0.
+    /// Has all ranks of the job write what they did last. Does not block.
+    pub fn ask_for_traces(&self) {
+        self.report(Report::AskForTraces);
+    }
+
+    /// Says that no rank runs here any more and that this launcher goes: it does not take part in another generation.
+    /// Does not block.
+    pub fn announce_leave(&self) {
+        self.report(Report::Left);
+    }
+
+    /// The generation that has started last.
+    pub fn generation(&self) -> Generation {
+        self.heard.lock().generation.clone()
+    }
+
+    /// The first failure of the job, on whichever node, or the loss of launcher 0; or, with an exit code of 0, that a rank
+    /// has finished which decides for all.
     pub fn failure(&self) -> Option<Failure> {
         self.heard.lock().failure.clone()
     }
@@ -473,6 +620,11 @@ impl Attendance {
     /// What the job has failed of, if it has; `None` before launcher 0 has said so.
     pub fn verdict(&self) -> Option<Option<Failure>> {
         self.heard.lock().verdict.clone()
+    }
+
+    /// Whether launcher 0 was lost before it had said how the job ends: another one may take its place.
+    pub fn is_lost(&self) -> bool {
+        self.heard.lock().lost
     }
 
     fn report(&self, report: Report) {
@@ -493,17 +645,44 @@ struct Lane {
     receiver: MessageReceiver,
 }
 
-async fn attend(
+/// Attends, and tries again for a while when the place is not free yet.
+async fn attend_in_the_end(
     dialler: Dialler,
     server: String,
-    claim: Claim,
-    deadline: Instant,
-    waiting: impl Fn(&[u32]),
-) -> Result<Lane, Error> {
-    let failed = |reason: String| Error::Rendezvous { endpoint: server.clone(), reason };
-    let connection = dial(&dialler, &server, deadline).await.map_err(&failed)?;
+    comer: Comer,
+    mut waiting: impl Fn(&[u32]),
+) -> Result<(Lane, Generation), Error> {
+    let until = comer.deadline.min(Instant::now() + comer.patience);
+    loop {
+        match attend(&dialler, &server, comer.clone(), &mut waiting).await? {
+            Answered::Start(lane, generation) => return Ok((lane, generation)),
+            Answered::NotNow(reason) if Instant::now() + TAKEN_PAUSE >= until => {
+                return Err(Error::Rendezvous { endpoint: server, reason });
+            }
+            Answered::NotNow(reason) => {
+                tracing::debug!(server, reason, "refused for now");
+                tokio::time::sleep(TAKEN_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// What launcher 0 has said to a launcher that has come.
+enum Answered {
+    Start(Lane, Generation),
+    NotNow(String),
+}
+
+async fn attend(
+    dialler: &Dialler,
+    server: &str,
+    Comer { claim, after, deadline, .. }: Comer,
+    waiting: &mut impl Fn(&[u32]),
+) -> Result<Answered, Error> {
+    let failed = |reason: String| Error::Rendezvous { endpoint: server.to_owned(), reason };
+    let connection = dial(dialler, server, deadline).await.map_err(&failed)?;
     let (mut sender, mut receiver) = connection.open_messages().await?;
-    sender.send(&Report::Attend(claim)).await?;
+    sender.send(&Report::Attend { claim, after }).await?;
     let mut beat = tokio::time::interval(BEAT);
     let mut missing = Vec::new();
     let mut last = Instant::now();
@@ -511,10 +690,11 @@ async fn attend(
     let deadline = deadline + SILENCE;
     loop {
         let order = tokio::select! {
-            order = receiver.recv::<Order>() => order.map_err(|error| failed(error.to_string()))?,
+            order = receiver.recv::<Order>() => order?,
             _ = beat.tick() => {
                 if last.elapsed() > SILENCE || Instant::now() > deadline {
-                    return Err(failed(format!("{LAUNCHER} has said nothing for {} s", last.elapsed().as_secs())));
+                    let (what, elapsed) = (format!("a word of {LAUNCHER}"), last.elapsed());
+                    return Err(paceline_transport::Error::TimedOut { what, elapsed }.into());
                 }
                 sender.send(&Report::Beat).await?;
                 continue;
@@ -522,8 +702,12 @@ async fn attend(
         };
         last = Instant::now();
         match order {
-            Some(Order::Start) => return Ok(Lane { _connection: connection, sender, receiver }),
-            Some(Order::Refused { reason }) => return Err(failed(reason)),
+            Some(Order::Start(generation)) => {
+                let lane = Lane { _connection: connection, sender, receiver };
+                return Ok(Answered::Start(lane, generation));
+            }
+            Some(Order::Refused { reason, for_now: true }) => return Ok(Answered::NotNow(quote(&reason))),
+            Some(Order::Refused { reason, for_now: false }) => return Err(failed(reason)),
             Some(Order::Waiting { missing: nodes }) => {
                 // When none is missing, the answer is waited for.
                 sender.send(&Report::Beat).await?;
@@ -533,7 +717,11 @@ async fn attend(
                 }
             }
             Some(_) => {}
-            None => return Err(failed(format!("{LAUNCHER} closed the connection"))),
+            None => {
+                let what = "the start of the job".to_owned();
+                let reason = format!("{LAUNCHER} closed the connection");
+                return Err(paceline_transport::Error::GaveUp { what, reason }.into());
+            }
         }
     }
 }
@@ -548,6 +736,12 @@ async fn follow(mut lane: Lane, mut reports: UnboundedReceiver<Report>, heard: A
             order = lane.receiver.recv::<Order>() => {
                 silence.as_mut().reset((Instant::now() + SILENCE).into());
                 match order {
+                    // Launcher 0 waits for a sign of life.
+                    Ok(Some(Order::Waiting { .. })) => {
+                        if let Err(error) = lane.sender.send(&Report::Beat).await {
+                            break reason_of(error);
+                        }
+                    }
                     Ok(Some(order)) => heard.order(order),
                     Ok(None) => break "it closed the connection".to_owned(),
                     Err(error) => break reason_of(error),
@@ -565,7 +759,10 @@ async fn follow(mut lane: Lane, mut reports: UnboundedReceiver<Report>, heard: A
             break reason_of(error);
         }
     };
-    heard.update(|state| lost(state, &reason));
+    heard.update(|state| {
+        state.lost = state.verdict.is_none();
+        lost(state, &reason);
+    });
 }
 
 /// The reason alone: the address of launcher 0 is known.
@@ -574,6 +771,12 @@ pub(crate) fn reason_of(error: paceline_transport::Error) -> String {
         paceline_transport::Error::Refused { reason, .. } => reason,
         error => error.to_string(),
     }
+}
+
+/// A job that is over ends as one that has failed, but for its exit code.
+fn completion(rank: u32) -> Failure {
+    let cause = "has finished, and with it the job".to_owned();
+    Failure { node: 0, rank: Some(rank), cause, exit_code: 0 }
 }
 
 /// Launcher 0 is lost. If the job had failed before, that stays the reason.
@@ -616,7 +819,7 @@ mod tests {
         let mut seats = Seats::new(LAYOUT);
         for &node in nodes {
             assert_eq!(seats.admit(&claim(node, node.into()), remote(), now), Verdict::Admitted);
-            assert_eq!(seats.attend(node, &claim(node, node.into()), remote(), now), Ok(()));
+            assert_eq!(seats.attend(node, &claim(node, node.into()), remote(), now), Verdict::Admitted);
         }
         seats
     }
@@ -628,6 +831,13 @@ mod tests {
         }
     }
 
+    fn not_now(verdict: Verdict) -> String {
+        match verdict {
+            Verdict::NotNow(reason) => reason,
+            other => panic!("{other:?}"),
+        }
+    }
+
     #[test]
     fn the_job_starts_once_when_all_nodes_have_come_and_live() {
         let now = Instant::now();
@@ -635,13 +845,13 @@ mod tests {
         assert_eq!((seats.missing(), seats.start(now)), (vec![1], false));
         assert_eq!(seats.admit(&claim(1, 1), remote(), now), Verdict::Admitted);
         assert_eq!(seats.missing(), [1], "a promise is no presence");
-        assert_eq!(seats.attend(1, &claim(1, 1), remote(), now), Ok(()));
+        assert_eq!(seats.attend(1, &claim(1, 1), remote(), now), Verdict::Admitted);
         assert!(!seats.start(now), "nobody has been heard since");
         let later = now + BEAT;
         assert!(seats.heard(1, later) && !seats.start(later), "node 2 may be dead");
         assert!(!seats.disconnected(2) && !seats.start(later), "it was, and may come again");
         assert_eq!(seats.admit(&claim(2, 9), remote(), later), Verdict::Admitted);
-        assert_eq!(seats.attend(2, &claim(2, 9), remote(), later), Ok(()));
+        assert_eq!(seats.attend(2, &claim(2, 9), remote(), later), Verdict::Admitted);
         assert!(!seats.start(later));
         let last = later + BEAT;
         assert!(seats.heard(1, last) && seats.heard(2, last));
@@ -650,6 +860,27 @@ mod tests {
         assert_eq!(seats.at_work(), [1, 2]);
         seats.ended(1);
         assert_eq!(seats.at_work(), [2]);
+    }
+
+    #[test]
+    fn the_job_goes_on_after_the_last_generation_that_any_launcher_has_been_part_of() {
+        let generation = |number, master_port| Generation {
+            number,
+            max_restarts: 5,
+            master_addr: "host".to_owned(),
+            master_port,
+        };
+        let mut seats = Seats::new(LAYOUT);
+        seats.allow_restarts(5);
+        let begins = |seats: &mut Seats| seats.begins_with(generation(0, 1), generation(1, 2));
+        assert_eq!(begins(&mut seats), generation(0, 1), "nobody has been part of another one");
+        seats.comes_after(2);
+        seats.comes_after(1);
+        assert_eq!(begins(&mut seats), generation(3, 2));
+        assert_eq!(seats.restarts, 2, "each has cost one");
+        seats.comes_after(3);
+        let next = seats.begins_with(generation(4, 1), generation(4, 1));
+        assert_eq!((next.number, seats.restarts), (4, 2), "its link to this launcher 0 was cut");
     }
 
     #[test]
@@ -667,23 +898,18 @@ mod tests {
     fn a_node_is_one_launchers_until_that_is_gone() {
         let now = Instant::now();
         let mut seats = attended(&[1], now);
-        let taken = |seats: &mut Seats, now| match seats.admit(&claim(1, 77), remote(), now) {
-            Verdict::NotNow(reason) => reason,
-            other => panic!("{other:?}"),
-        };
+        let taken = |seats: &mut Seats, now| not_now(seats.admit(&claim(1, 77), remote(), now));
         assert_eq!(taken(&mut seats, now), "node 1 is taken by a live launcher at 10.0.0.7");
         assert_eq!(seats.admit(&claim(1, 1), remote(), now), Verdict::Admitted, "it renews");
-        let attend = |seats: &mut Seats, incarnation| {
-            seats.attend(1, &claim(1, incarnation), remote(), now).expect_err("refused")
-        };
-        assert_eq!(attend(&mut seats, 1), "node 1 has come before");
-        assert_eq!(attend(&mut seats, 77), "node 1 is taken by a live launcher at 10.0.0.7");
-        let other = seats.attend(2, &claim(1, 1), remote(), now).expect_err("refused");
-        assert_eq!(other, "the launcher of node 2 may not come as that of node 1");
+        let attend = |seats: &mut Seats, incarnation| seats.attend(1, &claim(1, incarnation), remote(), now);
+        assert_eq!(refusal(attend(&mut seats, 1)), "node 1 has come before");
+        assert_eq!(not_now(attend(&mut seats, 77)), "node 1 is taken by a live launcher at 10.0.0.7");
+        let other = seats.attend(2, &claim(1, 1), remote(), now);
+        assert_eq!(refusal(other), "the launcher of node 2 may not come as that of node 1");
         assert!(!seats.disconnected(1), "no loss before the start");
         assert_eq!(seats.admit(&claim(1, 77), remote(), now), Verdict::Admitted);
         assert_eq!(
-            seats.attend(1, &claim(1, 1), remote(), now).expect_err("refused"),
+            not_now(seats.attend(1, &claim(1, 1), remote(), now)),
             "node 1 is taken by a live launcher at 10.0.0.7"
         );
         assert!(matches!(seats.admit(&claim(1, 78), remote(), now), Verdict::NotNow(_)));
@@ -707,7 +933,8 @@ mod tests {
         assert!(!seats.disconnected(2), "it had ended");
         assert!(seats.disconnected(1));
         assert!(seats.at_work().is_empty());
-        assert!(refusal(seats.admit(&claim(1, 9), remote(), now)).contains("start the whole job again"));
+        let successor = not_now(seats.admit(&claim(1, 9), remote(), now));
+        assert!(successor.contains("start the whole job again"), "{successor}");
         assert!(refusal(seats.admit(&claim(1, 1), remote(), now)).contains("has ended"));
     }
 

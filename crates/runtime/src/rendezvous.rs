@@ -11,19 +11,22 @@
 //!                               ◀─────  Waiting{missing}      whenever somebody comes
 //!                               ◀─────  Roster{epoch, members}  when all are there
 //!                               ◀─────  Died{rank, cause} | Exited{rank}   from then on, or before
-//! Blames{rank}                  ─────▶  this worker failed because of that one
+//! Failed{because_of}            ─────▶  this worker failed, because of another one or not
+//!                               ◀─────  Trace     at the first such word, or when the launcher wants it: write what
+//!                                                 you did last
 //! ```
 //! A member may only join as the rank its certificate was made for. Strangers do not get this far: the
 //! endpoint refuses them. In a job of several nodes the other launchers connect here too (see `nodes`),
 //! and the ranks start when they are all there.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use paceline_transport::boot::{Claim, Registrar, Verdict};
 use paceline_transport::identity::Identity;
+use paceline_transport::quic::Knock;
 use paceline_transport::tls::{Connection, Dialler, Endpoint, MessageReceiver, MessageSender};
 use paceline_transport::{Fabric, IoHandle, Member, Roster};
 use serde::{Deserialize, Serialize};
@@ -32,7 +35,8 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::Error;
 use crate::nodes::{
-    self, BEAT, Causes, Failure, LOST_NODE, Layout, OnChange, Order, Report, SILENCE, Seats, Settled,
+    self, BEAT, Causes, Failure, Generation, LOST_NODE, Layout, OnChange, Order, Report, SILENCE, Seats,
+    Settled,
 };
 
 /// The member name of the launcher that serves the rendezvous.
@@ -50,27 +54,42 @@ fn rank_of(member: &str) -> Option<u32> {
 /// From a worker to the server.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Request {
-    /// `port` is where the worker is dialled by the others, on the address that it dials from, for links of
-    /// this kind.
+    /// `generation` is the one that the worker was started for.
     Join {
         rank: u32,
         world_size: u32,
-        port: u16,
-        fabric: Fabric,
+        generation: u32,
+        door: Door,
     },
-    Blames {
-        rank: u32,
+    Failed {
+        because_of: Option<u32>,
     },
 }
+
+/// Where a worker is dialled by the others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Door {
+    /// The address; `None` for the one from which it dials the server.
+    pub(crate) ip: Option<IpAddr>,
+    pub(crate) port: u16,
+    /// For links of this kind.
+    pub(crate) fabric: Fabric,
+    /// What its QUIC endpoint wants to hear, where it has one.
+    pub(crate) knock: Option<Knock>,
+}
+
+/// A worker as the others are told of it: its member name, where it is dialled, and what to say there.
+type Listed = (String, SocketAddr, Option<Knock>);
 
 /// From the server to a worker.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Notice {
     Waiting { missing: Vec<u32> },
-    Roster { epoch: u64, members: Vec<(String, SocketAddr)> },
+    Roster { epoch: u64, members: Vec<Listed> },
     Refused { reason: String },
     Died { rank: u32, cause: String },
     Exited { rank: u32 },
+    Trace,
 }
 
 /// Missing ranks listed to those who wait; the list is for people.
@@ -96,6 +115,17 @@ pub struct Server {
     patience: Mutex<Option<tokio::task::JoinHandle<()>>>,
 }
 
+/// How far the start of a generation has come.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// Not all launchers are there.
+    Waiting,
+    /// The ranks of this one may run.
+    Started(Generation),
+    /// These nodes have not come in time.
+    Missing(Vec<u32>),
+}
+
 struct Shared {
     layout: Layout,
     state: Mutex<State>,
@@ -109,15 +139,23 @@ struct State {
     /// What is to be told to whoever joins later.
     notices: Vec<Notice>,
     seats: Seats,
+    start: Start,
+    /// How many generations there have been before.
+    generation: u32,
     /// To each launcher that attends.
     orders: BTreeMap<u32, UnboundedSender<Order>>,
     causes: Causes,
+    /// Whether the workers were asked for traces because one has failed.
+    traced: bool,
+    /// A rank has finished that decides for all: how the others end is of no consequence.
+    completed: bool,
 }
 
 struct Joined {
     member: String,
     addr: SocketAddr,
     fabric: Fabric,
+    knock: Option<Knock>,
     notices: UnboundedSender<Notice>,
 }
 
@@ -142,8 +180,12 @@ impl Server {
             joined: BTreeMap::new(),
             notices: Vec::new(),
             seats: Seats::new(layout),
+            start: Start::Waiting,
+            generation: 0,
             orders: BTreeMap::new(),
             causes: Causes::default(),
+            traced: false,
+            completed: false,
         };
         let shared = Shared { layout, state: Mutex::new(state), attendance: Notify::new(), on_change };
         let shared = Arc::new(shared);
@@ -170,25 +212,89 @@ impl Server {
         self.shared.clone()
     }
 
-    /// Waits until the launchers of all other nodes have come, and starts the job on all of them. `waiting`
-    /// is called with the nodes that are missing, at the beginning and whenever that changes. Blocks.
+    /// Lets the job start again so often after a failure. The other launchers stay until it is known whether it does:
+    /// say [`begin_again`](Self::begin_again), or [`conclude`](Self::conclude).
+    pub fn allow_restarts(&self, most: u32) {
+        self.shared.lock().seats.allow_restarts(most);
+    }
+
+    /// Waits until the launchers of all other nodes have come, and starts the job on all of them, as its first generation,
+    /// or, where some of them have lost another launcher 0 of this job, as the generation after theirs, with what `instead`
+    /// says besides its number. `waiting` is called with the nodes that are missing, at the beginning and whenever that
+    /// changes. Blocks.
     ///
     /// # Errors
     /// [`Error::Rendezvous`] naming the nodes that have not come by `deadline`; the others are told.
     pub fn wait_for_nodes(
         &self,
+        (first, instead): (Generation, Generation),
         deadline: Instant,
         waiting: impl Fn(&[u32]) + Send + 'static,
     ) -> Result<(), Error> {
         let shared = self.shared.clone();
-        let missing = self.io.block_on(async move { shared.wait_for_nodes(deadline, waiting).await })?;
-        if missing.is_empty() {
-            self.lose_patience_later();
-            return Ok(());
+        self.io.block_on(async move { shared.start((first, instead), deadline, waiting).await })?;
+        match self.start() {
+            Start::Missing(missing) => {
+                let endpoint = self.local_addr().to_string();
+                Err(Error::Rendezvous { endpoint, reason: nodes_missing(&missing) })
+            }
+            Start::Waiting | Start::Started(_) => {
+                self.lose_patience_later();
+                Ok(())
+            }
         }
-        let reason = format!("timed out waiting for node {}", list(&missing, ", node "));
-        self.shared.lock().order_all(&Order::Refused { reason: reason.clone() });
-        Err(Error::Rendezvous { endpoint: self.local_addr().to_string(), reason })
+    }
+
+    /// How far the start of the present generation has come. A job on one host starts when it is told to, so for its first
+    /// generation this stays [`Start::Waiting`].
+    pub fn start(&self) -> Start {
+        self.shared.lock().start.clone()
+    }
+
+    /// Whether the job may start again.
+    pub fn may_restart(&self) -> bool {
+        self.shared.lock().seats.may_restart()
+    }
+
+    /// Starts the job again as the generation `next`, when no rank runs any more: forgets who had joined and what had failed, and waits, in
+    /// the background, for the launchers of nodes that were lost. [`start`](Self::start) says how far that has come. Does not block.
+    pub fn begin_again(
+        &self,
+        next: Generation,
+        deadline: Instant,
+        waiting: impl Fn(&[u32]) + Send + 'static,
+    ) {
+        {
+            let mut state = self.shared.lock();
+            let State { seats, orders, .. } = &mut *state;
+            seats.begin_again(|node| orders.contains_key(&node));
+            state.joined.clear();
+            state.notices.clear();
+            state.causes = Causes::default();
+            state.traced = false;
+            state.completed = false;
+            state.start = Start::Waiting;
+            state.generation = next.number;
+        }
+        if self.shared.layout.nodes == 1 {
+            self.shared.lock().start = Start::Started(next);
+        } else {
+            let shared = self.shared.clone();
+            self.io.spawn(async move {
+                // Whoever comes in a lost one's place has not been part of another job.
+                shared.start((next.clone(), next), deadline, waiting).await;
+                (shared.on_change)();
+            });
+        }
+        self.lose_patience_later();
+    }
+
+    /// Tells the launchers that have stayed what the job has failed of, if it has: it does not start again. Does not block.
+    pub fn conclude(&self) {
+        let cause = self.cause();
+        let mut state = self.shared.lock();
+        state.seats.allow_restarts(0);
+        state.order_all(&Order::Verdict { cause });
     }
 
     /// Tells everybody that a rank of this host is dead, if that is the first failure of the job; the others
@@ -198,10 +304,26 @@ impl Server {
         self.shared.died(rank as u32, cause.to_owned(), exit_code, by_itself);
     }
 
+    /// Tells all launchers that the job is over because this rank has exited with code 0 and decides for all: they end
+    /// their ranks, and exit with 0 too. Does not block.
+    pub fn announce_completion(&self, rank: usize) {
+        let mut state = self.shared.lock();
+        // A job that has failed stays failed.
+        if state.causes.first().is_none() {
+            state.completed = true;
+            state.order_all(&Order::Completed { rank: rank as u32 });
+        }
+    }
+
     /// Tells every worker that a rank has exited with code 0. Those who have its goodbye ignore it.
     /// Does not block.
     pub fn announce_exit(&self, rank: usize) {
         self.shared.exited(rank as u32);
+    }
+
+    /// Has all workers that have joined write what they did last, if they were told where. Does not block.
+    pub fn ask_for_traces(&self) {
+        self.shared.lock().tell_all(&Notice::Trace);
     }
 
     /// The first failure of the job that was noticed, on whichever node.
@@ -222,6 +344,11 @@ impl Server {
         self.shared.lock().seats.at_work()
     }
 
+    /// Whether all other launchers have gone.
+    pub fn is_alone(&self) -> bool {
+        self.shared.lock().orders.is_empty()
+    }
+
     /// The ranks that have not joined yet.
     pub fn missing(&self) -> Vec<usize> {
         self.shared.missing(&self.shared.lock())
@@ -229,7 +356,8 @@ impl Server {
 
     fn lose_patience_later(&self) {
         let patience = self.io.spawn(lose_patience(self.shared.clone(), self.timeout));
-        *self.patience.lock().unwrap_or_else(PoisonError::into_inner) = Some(patience);
+        let before = self.patience.lock().unwrap_or_else(PoisonError::into_inner).replace(patience);
+        before.iter().for_each(tokio::task::JoinHandle::abort);
     }
 }
 
@@ -266,9 +394,10 @@ impl Shared {
         let node = self.layout.node_of(rank as usize) as u32;
         let failure = Failure { node, rank: Some(rank), cause: cause.clone(), exit_code };
         let mut state = self.lock();
-        if state.causes.died(rank, failure.clone(), by_itself) {
+        if !state.completed && state.causes.died(rank, failure.clone(), by_itself) {
             state.tell(Notice::Died { rank, cause });
             state.order_all(&Order::Failed(failure));
+            state.ask_for_traces_once();
         }
         drop(state);
         (self.on_change)();
@@ -281,31 +410,33 @@ impl Shared {
     }
 
     /// A launcher was lost, and its ranks with it.
-    fn lost(&self, node: u32, reason: &str) {
+    fn lost(&self, state: &mut State, node: u32, reason: &str) {
         let cause = format!("was lost: {reason}");
         tracing::warn!(node, reason, "a launcher was lost");
         let failure = Failure { node, rank: None, cause, exit_code: LOST_NODE };
-        let mut state = self.lock();
-        if state.causes.lost(failure.clone()) {
+        if !state.completed && state.causes.lost(failure.clone()) {
             for rank in self.layout.ranks(node as usize) {
                 let cause = format!("was lost with the launcher of node {node}: {reason}");
                 state.tell(Notice::Died { rank: rank as u32, cause });
             }
             state.order_all(&Order::Failed(failure));
+            state.ask_for_traces_once();
         }
-        drop(state);
-        (self.on_change)();
     }
 
-    /// Waits for the launchers, starts them, and returns those that are missing at the deadline.
-    async fn wait_for_nodes(&self, deadline: Instant, waiting: impl Fn(&[u32])) -> Vec<u32> {
+    /// Waits for the launchers and starts them, or tells them which are missing at the deadline.
+    async fn start(
+        &self,
+        (first, instead): (Generation, Generation),
+        deadline: Instant,
+        waiting: impl Fn(&[u32]),
+    ) {
         let mut told = None;
         loop {
             let missing = {
                 let mut state = self.lock();
                 if state.seats.start(Instant::now()) {
-                    state.order_all(&Order::Start);
-                    return Vec::new();
+                    return state.begin(first, instead);
                 }
                 state.seats.missing()
             };
@@ -321,7 +452,10 @@ impl Shared {
             // A permit is stored when somebody comes, speaks or goes meanwhile.
             let _ = tokio::time::timeout_at(until.into(), self.attendance.notified()).await;
             if Instant::now() >= deadline && !missing.is_empty() {
-                return missing;
+                let mut state = self.lock();
+                state.order_all(&Order::Refused { reason: nodes_missing(&missing), for_now: false });
+                state.start = Start::Missing(missing);
+                return;
             }
         }
     }
@@ -341,9 +475,10 @@ impl Shared {
 
     /// Lets a member in, or says why not.
     fn join(&self, request: &Request, connection: &Connection) -> Result<UnboundedReceiver<Notice>, String> {
-        let &Request::Join { rank, world_size, port, fabric } = request else {
+        let &Request::Join { rank, world_size, generation, door } = request else {
             return Err("the first message must be a join".to_owned());
         };
+        let Door { ip, port, fabric, knock } = door;
         let (rank, world_size) = (rank as usize, world_size as usize);
         if world_size != self.layout.world_size() {
             return Err(format!("the job has {} ranks, not {world_size}", self.layout.world_size()));
@@ -351,8 +486,18 @@ impl Shared {
         if connection.member() != worker(rank) {
             return Err(format!("{} may not join as rank {rank}", connection.member()));
         }
+        let ip = ip.unwrap_or_else(|| connection.remote_address().ip()).to_canonical();
+        if ip.is_unspecified() || ip.is_multicast() {
+            return Err(format!("rank {rank} gives {ip} for its address, which is that of no host"));
+        }
         let (sender, notices) = unbounded_channel();
         let mut state = self.lock();
+        if generation != state.generation {
+            let present = state.generation;
+            return Err(format!(
+                "rank {rank} was started for generation {generation}, and this is {present}"
+            ));
+        }
         if rank >= world_size || state.joined.contains_key(&rank) {
             return Err(format!("rank {rank} has joined before"));
         }
@@ -365,9 +510,9 @@ impl Shared {
         }
         // Receivers live as long as their connection; a failed send means that the worker has gone.
         state.notices.iter().for_each(|notice| drop(sender.send(notice.clone())));
-        let addr = SocketAddr::new(connection.remote_address().ip(), port);
+        let addr = SocketAddr::new(ip, port);
         let member = connection.member().to_owned();
-        state.joined.insert(rank, Joined { member, addr, fabric, notices: sender });
+        state.joined.insert(rank, Joined { member, addr, fabric, knock, notices: sender });
         let missing = self.missing(&state);
         tracing::info!(rank, %addr, missing = missing.len(), "joined");
         if missing.is_empty() {
@@ -377,8 +522,10 @@ impl Shared {
                 state.tell(Notice::Refused { reason });
                 return Ok(notices);
             }
-            let members = state.joined.values().map(|joined| (joined.member.clone(), joined.addr)).collect();
-            state.tell_all(&Notice::Roster { epoch: FIRST_EPOCH, members });
+            let listed = |joined: &Joined| (joined.member.clone(), joined.addr, joined.knock);
+            let members = state.joined.values().map(listed).collect();
+            let epoch = FIRST_EPOCH + u64::from(state.generation);
+            state.tell_all(&Notice::Roster { epoch, members });
         } else {
             let missing = missing.into_iter().take(NAMED_RANKS_LIMIT).map(|rank| rank as u32).collect();
             state.tell_all(&Notice::Waiting { missing });
@@ -388,6 +535,26 @@ impl Shared {
 }
 
 impl State {
+    /// Whether a generation other than the first has not started yet.
+    fn waits_for_nodes(&self) -> bool {
+        self.generation > 0 && matches!(self.start, Start::Waiting)
+    }
+
+    /// All launchers are there.
+    fn begin(&mut self, first: Generation, instead: Generation) {
+        let generation = self.seats.begins_with(first, instead);
+        self.generation = generation.number;
+        self.order_all(&Order::Start(generation.clone()));
+        self.start = Start::Started(generation);
+    }
+
+    /// A worker has failed: what the others did meanwhile is of interest, also of those that notice nothing.
+    fn ask_for_traces_once(&mut self) {
+        if !std::mem::replace(&mut self.traced, true) {
+            self.tell_all(&Notice::Trace);
+        }
+    }
+
     /// Tells all workers that have joined, and those that will.
     fn tell(&mut self, notice: Notice) {
         self.tell_all(&notice);
@@ -412,10 +579,15 @@ fn unreachable(addrs: &[SocketAddr]) -> Option<String> {
     addrs.iter().any(|addr| !addr.ip().is_loopback()).then(|| {
         format!(
             "rank {local} has the address {}, which other hosts cannot reach; give an address of node 0 in \
-             --rdzv-endpoint, or a name that does not mean the loopback interface there",
+             --rdzv-endpoint, or a name that does not mean the loopback interface there, and none of loopback in \
+             --interface",
             addrs[local].ip()
         )
     })
+}
+
+fn nodes_missing(nodes: &[u32]) -> String {
+    format!("timed out waiting for node {}", list(nodes, ", node "))
 }
 
 fn list(numbers: &[u32], between: &str) -> String {
@@ -425,6 +597,10 @@ fn list(numbers: &[u32], between: &str) -> String {
 
 /// Ends the wait of those that have come when others have not in time.
 async fn lose_patience(shared: Arc<Shared>, timeout: Duration) {
+    // Where the job starts again, its ranks do when the nodes have met.
+    while shared.lock().waits_for_nodes() {
+        tokio::time::sleep(BEAT).await;
+    }
     tokio::time::sleep(timeout).await;
     let missing = shared.missing(&shared.lock());
     if !missing.is_empty() {
@@ -457,6 +633,7 @@ async fn serve(connection: Connection, shared: Arc<Shared>) {
 async fn serve_lane(connection: &Connection, shared: &Shared) -> Result<(), paceline_transport::Error> {
     let (mut sender, mut receiver) = connection.accept_messages().await?;
     let Some(request) = receiver.recv::<Request>().await? else { return Ok(()) };
+    let generation = shared.lock().generation;
     let mut notices = match shared.join(&request, connection) {
         Ok(notices) => notices,
         Err(reason) => {
@@ -472,10 +649,16 @@ async fn serve_lane(connection: &Connection, shared: &Shared) -> Result<(), pace
                 None => return Ok(()),
             },
             request = receiver.recv::<Request>() => match request? {
-                Some(Request::Blames { rank }) => {
-                    if let Some(blamer) = rank_of(connection.member()) {
-                        shared.lock().causes.blames(blamer, rank);
+                Some(Request::Failed { because_of }) => {
+                    let mut state = shared.lock();
+                    // A word of a rank that has ended since is about another generation's failure.
+                    if state.generation != generation {
+                        continue;
                     }
+                    if let (Some(blamer), Some(rank)) = (rank_of(connection.member()), because_of) {
+                        state.causes.blames(blamer, rank);
+                    }
+                    state.ask_for_traces_once();
                 }
                 Some(Request::Join { .. }) => {}
                 None => return Ok(()),
@@ -494,38 +677,44 @@ async fn serve_launcher(
     let Ok(first) = tokio::time::timeout(ATTEND_LIMIT, receiver.recv::<Report>()).await else {
         return Ok(());
     };
-    let Some(Report::Attend(claim)) = first? else { return Ok(()) };
+    let Some(Report::Attend { claim, after }) = first? else { return Ok(()) };
     let (orders, outgoing) = unbounded_channel();
     let attends = {
         let mut state = shared.lock();
         let attends = state.seats.attend(node, &claim, connection.remote_address(), Instant::now());
-        if attends.is_ok() {
+        if attends == Verdict::Admitted {
             drop(orders.send(Order::Waiting { missing: state.seats.missing() }));
             state.orders.insert(node, orders.clone());
+            after.into_iter().for_each(|generation| state.seats.comes_after(generation));
         }
         attends
     };
-    if let Err(reason) = attends {
+    let for_now = matches!(attends, Verdict::NotNow(_));
+    if let Verdict::Refused(reason) | Verdict::NotNow(reason) = attends {
         tracing::warn!(remote = %connection.remote_address(), node, reason, "refused a launcher");
-        sender.send(&Order::Refused { reason }).await?;
+        sender.send(&Order::Refused { reason, for_now }).await?;
         return sender.finish().await;
     }
     tracing::info!(node, remote = %connection.remote_address(), "a launcher has come");
     shared.attendance.notify_one();
-    let ended = follow_launcher((sender, receiver), node, shared, (orders, outgoing)).await;
+    let ended = follow_launcher((sender, receiver), node, shared, (orders.clone(), outgoing)).await;
     let reason = match &ended {
         Ok(()) => "it closed the connection".to_owned(),
         Err(error) => nodes::reason_of(error.clone()),
     };
-    let lost = {
+    {
         let mut state = shared.lock();
-        state.orders.remove(&node);
-        state.seats.disconnected(node)
-    };
-    match lost {
-        true => shared.lost(node, &reason),
-        false => (shared.on_change)(),
+        // One that has left may have a successor.
+        let is_present = state.orders.get(&node).is_some_and(|present| present.same_channel(&orders));
+        if is_present {
+            state.orders.remove(&node);
+        }
+        // Together: whoever sees it gone without a failure takes the job for finished.
+        if is_present && state.seats.disconnected(node) {
+            shared.lost(&mut state, node, &reason);
+        }
     }
+    (shared.on_change)();
     shared.attendance.notify_one();
     Ok(())
 }
@@ -564,12 +753,20 @@ async fn follow_launcher(
         let of_node = |rank: u32| shared.layout.ranks(node as usize).contains(&(rank as usize));
         match report {
             Some(Report::Died { rank, cause, exit_code, by_itself }) if of_node(rank) => {
-                shared.died(rank, nodes::quote(&cause), exit_code, by_itself);
+                shared.died(rank, nodes::quote(&cause), exit_code.max(1), by_itself);
             }
             Some(Report::Exited { rank }) if of_node(rank) => shared.exited(rank),
             Some(Report::Ended) => {
-                shared.lock().seats.ended(node);
+                let may_restart = {
+                    // Whoever hears of the end may start the job again at once, and then fewer restarts are left.
+                    let mut state = shared.lock();
+                    state.seats.ended(node);
+                    state.seats.may_restart()
+                };
                 (shared.on_change)();
+                if may_restart {
+                    continue;
+                }
                 let (shared, orders) = (shared.clone(), orders.clone());
                 tokio::spawn(async move {
                     let cause = shared.verdict().await;
@@ -577,8 +774,17 @@ async fn follow_launcher(
                     let _ = orders.send(Order::Verdict { cause });
                 });
             }
+            Some(Report::Left) => {
+                let mut state = shared.lock();
+                state.seats.ended(node);
+                // It is not counted on when the job starts again.
+                state.orders.remove(&node);
+                drop(state);
+                (shared.on_change)();
+            }
             Some(Report::Beat) => {}
-            Some(Report::Attend(_) | Report::Died { .. } | Report::Exited { .. }) => {
+            Some(Report::AskForTraces) => shared.lock().tell_all(&Notice::Trace),
+            Some(Report::Attend { .. } | Report::Died { .. } | Report::Exited { .. }) => {
                 let reason = format!("the launcher of node {node} said what it may not");
                 return Err(paceline_transport::Error::Usage { reason });
             }
@@ -596,6 +802,14 @@ pub(crate) struct Client {
     early: Vec<News>,
 }
 
+/// A worker that has met all others.
+pub(crate) struct Met {
+    pub(crate) client: Client,
+    pub(crate) roster: Roster,
+    /// What the QUIC endpoints at these addresses want to hear.
+    pub(crate) knocks: Vec<(SocketAddr, Knock)>,
+}
+
 /// What the launcher says about another rank.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum News {
@@ -603,6 +817,8 @@ pub(crate) enum News {
     Died { rank: usize, cause: String },
     /// It exited with code 0.
     Exited { rank: usize },
+    /// The launcher wants to know what this rank did last.
+    Trace,
 }
 
 /// Pauses between attempts to reach the server, which may not be up yet.
@@ -610,21 +826,20 @@ const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 impl Client {
-    /// Joins as `rank`, which the others dial at `port` for links of kind `fabric`, and waits for all others, until `deadline`. The server
-    /// gives up by itself and says who is missing; the deadline is for a server that says nothing.
+    /// Joins over a connection to the server as `rank` of the job, which the others dial at `door`, and waits for all
+    /// others, until `deadline`. The server gives up by itself and says who is missing; the deadline is for a
+    /// server that says nothing.
     pub(crate) async fn join(
-        dialler: Dialler,
-        server: String,
-        rank: usize,
-        world_size: usize,
-        (fabric, port): (Fabric, u16),
+        (connection, server): (Connection, String),
+        job: String,
+        (rank, world_size, generation): (usize, usize, u32),
+        door: Door,
         deadline: Instant,
-    ) -> Result<(Self, Roster), Error> {
+    ) -> Result<Met, Error> {
         let failed = |reason: String| Error::Rendezvous { endpoint: server.clone(), reason };
-        let connection = dial(&dialler, &server, deadline).await.map_err(&failed)?;
         let (mut sender, receiver) = connection.open_messages().await?;
         let (own_rank, ranks) = (rank as u32, world_size as u32);
-        sender.send(&Request::Join { rank: own_rank, world_size: ranks, port, fabric }).await?;
+        sender.send(&Request::Join { rank: own_rank, world_size: ranks, generation, door }).await?;
         let mut client = Self { _connection: connection, sender, receiver, early: Vec::new() };
         let mut missing = Vec::new();
         let timeout = tokio::time::sleep_until(deadline.into());
@@ -640,15 +855,18 @@ impl Client {
                     missing = ranks;
                 }
                 Some(Notice::Roster { epoch, members }) => {
-                    let job = dialler.identity().job().to_owned();
-                    let members = members.into_iter().map(|(name, addr)| Member { name, addr }).collect();
-                    return Ok((client, Roster { job, epoch, rank, members }));
+                    let knocks =
+                        members.iter().filter_map(|(_, addr, knock)| Some((*addr, (*knock)?))).collect();
+                    let members = members.into_iter().map(|(name, addr, _)| Member { name, addr }).collect();
+                    return Ok(Met { client, roster: Roster { job, epoch, rank, members }, knocks });
                 }
                 Some(Notice::Refused { reason }) => return Err(failed(reason)),
                 Some(Notice::Died { rank, cause }) => {
                     return Err(failed(format!("rank {rank} {cause} before all ranks had met")));
                 }
                 Some(Notice::Exited { rank }) => client.early.push(News::Exited { rank: rank as usize }),
+                // There is nothing yet to be traced.
+                Some(Notice::Trace) => {}
                 None => return Err(failed("the launcher closed the connection".to_owned())),
             }
         }
@@ -665,6 +883,7 @@ impl Client {
                     return Some(News::Died { rank: rank as usize, cause });
                 }
                 Ok(Some(Notice::Exited { rank })) => return Some(News::Exited { rank: rank as usize }),
+                Ok(Some(Notice::Trace)) => return Some(News::Trace),
                 Ok(Some(_)) => {}
                 Ok(None) | Err(_) => return None,
             }
@@ -676,19 +895,21 @@ impl Client {
         self.early.push(news);
     }
 
-    /// Tells the launcher that this rank fails because of another one.
-    pub(crate) async fn blame(&mut self, rank: usize) {
+    /// Tells the launcher that this rank has failed, because of another one or not.
+    pub(crate) async fn failed(&mut self, because_of: Option<usize>) {
+        let because_of = because_of.map(|rank| rank as u32);
         // A launcher that is gone needs no reasons.
-        let _ = self.sender.send(&Request::Blames { rank: rank as u32 }).await;
+        let _ = self.sender.send(&Request::Failed { because_of }).await;
     }
 }
 
-/// Resolves and dials until the server answers. Being refused is final; no answer is not.
+/// Resolves and dials until the server answers, at each of a name's addresses in turn. Being refused is final; no
+/// answer is not.
 pub(crate) async fn dial(dialler: &Dialler, server: &str, deadline: Instant) -> Result<Connection, String> {
-    let mut pause = FIRST_PAUSE;
+    let (mut pause, mut attempt) = (FIRST_PAUSE, 0);
     loop {
         let reason = match tokio::net::lookup_host(server).await {
-            Ok(mut addrs) => match addrs.next() {
+            Ok(addrs) => match in_turn(addrs.collect(), attempt) {
                 Some(addr) => match dialler.connect(addr, LAUNCHER).await {
                     Ok(connection) => return Ok(connection),
                     Err(error @ paceline_transport::Error::Refused { .. }) => return Err(error.to_string()),
@@ -703,7 +924,13 @@ pub(crate) async fn dial(dialler: &Dialler, server: &str, deadline: Instant) -> 
         }
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
+        attempt += 1;
     }
+}
+
+/// The address for an attempt, counted from 0.
+fn in_turn(addrs: Vec<SocketAddr>, attempt: usize) -> Option<SocketAddr> {
+    addrs.get(attempt.checked_rem(addrs.len())?).copied()
 }
 
 fn waited_in_vain(missing: &[u32]) -> String {
@@ -715,6 +942,8 @@ fn waited_in_vain(missing: &[u32]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -726,5 +955,33 @@ mod tests {
         assert_eq!(unreachable(&addrs(&["10.0.0.1", "fd00::1"])), None);
         let reason = unreachable(&addrs(&["10.0.0.1", "127.0.1.1"])).expect("unreachable");
         assert!(reason.starts_with("rank 1 has the address 127.0.1.1,"), "{reason}");
+    }
+
+    #[test]
+    fn each_address_of_a_name_has_its_turn() {
+        let addrs: Vec<SocketAddr> =
+            ["10.0.0.1:1", "[fd00::1]:1"].map(|addr| addr.parse().expect("one")).to_vec();
+        let turns: Vec<_> = (0..3).map(|attempt| in_turn(addrs.clone(), attempt)).collect();
+        assert_eq!(turns, [Some(addrs[0]), Some(addrs[1]), Some(addrs[0])]);
+        assert_eq!(in_turn(Vec::new(), 0), None);
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_messages_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            use paceline_transport::wire;
+            let _ = wire::decode::<Request>(&bytes);
+            if let Ok(Notice::Roster { members, .. }) = wire::decode::<Notice>(&bytes) {
+                // Each takes more bytes than that.
+                prop_assert!(members.len() < bytes.len());
+            }
+        }
+
+        #[test]
+        fn any_member_name_is_a_rank_or_none(name in ".{0,20}", number: u64) {
+            prop_assert!(rank_of(&name).is_none_or(|_| name.starts_with("worker-")));
+            let expected = u32::try_from(number).ok();
+            prop_assert_eq!(rank_of(&format!("worker-{number}")), expected);
+        }
     }
 }

@@ -47,20 +47,35 @@ pub fn read(path: &Path) -> Result<Identity, String> {
 
 /// Renews `identity` from `path` whenever what is there changes, for as long as it is polled.
 pub async fn follow(path: PathBuf, identity: Identity) {
-    let mut seen = version(&path);
+    let mut watch = Watch { taken: version(&path), refused: None };
     loop {
         tokio::time::sleep(INTERVAL).await;
-        let now = version(&path);
-        if now == seen || now.is_none() {
-            continue;
-        }
-        seen = now;
-        let renewed = read(&path).and_then(|fresh| identity.renew(&fresh).map_err(|error| error.to_string()));
+        watch.look(&path, &identity);
+    }
+}
+
+/// Which versions have been looked at.
+struct Watch {
+    taken: Option<Version>,
+    refused: Option<Version>,
+}
+
+impl Watch {
+    /// Takes over what is new. What cannot be used is looked at again the next time: whoever copies three files one by one
+    /// leaves a key and a certificate that do not fit for a moment.
+    fn look(&mut self, path: &Path, identity: &Identity) {
+        let Some(now) = version(path).filter(|now| Some(*now) != self.taken) else { return };
+        let renewed = read(path).and_then(|fresh| identity.renew(&fresh).map_err(|error| error.to_string()));
         match renewed {
-            Ok(()) => tracing::debug!(member = identity.member(), "renewed"),
-            Err(reason) => {
-                tracing::warn!(path = %path.display(), reason, "cannot use the renewed certificate")
+            Ok(()) => {
+                self.taken = Some(now);
+                tracing::debug!(member = identity.member(), "renewed");
             }
+            // Said once for each version.
+            Err(reason) if self.refused.replace(now) != Some(now) => {
+                tracing::warn!(path = %path.display(), reason, "cannot use the renewed certificate");
+            }
+            Err(_) => {}
         }
     }
 }
@@ -103,6 +118,27 @@ mod tests {
         fs::remove_file(folder.path().join("ca.crt")).expect("removed");
         let reason = read(folder.path()).expect_err("no authority");
         assert!(reason.starts_with("ca.crt: No such file"), "{reason}");
+    }
+
+    #[test]
+    fn files_that_are_replaced_one_by_one_are_taken_when_all_have_come() {
+        let authority = JobAuthority::new("job").expect("a name");
+        let issue = || authority.issue("worker-1", Duration::from_secs(60)).expect("a name");
+        let (folder, aside) = [(); 2].map(|()| tempfile::tempdir().expect("a folder")).into();
+        let (identity, fresh) = (issue(), issue());
+        write(folder.path(), &identity);
+        write(aside.path(), &fresh);
+        let bring = |name: &str| {
+            fs::rename(aside.path().join(name), folder.path().join(name)).expect("renamed");
+        };
+        let mut watch = Watch { taken: version(folder.path()), refused: None };
+        let before = identity.to_pem();
+        bring("tls.crt");
+        watch.look(folder.path(), &identity);
+        assert_eq!(identity.to_pem(), before, "the certificate does not fit the key");
+        bring("tls.key");
+        watch.look(folder.path(), &identity);
+        assert_eq!(identity.to_pem(), fresh.to_pem());
     }
 
     #[test]

@@ -2,8 +2,20 @@
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
+use serde::{Deserialize, Serialize};
 
 use crate::Error;
+
+/// Where in its data a training is: what a checkpoint has to say about a [`Sampler`], besides the model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SamplerState {
+    samples: usize,
+    global_batch: usize,
+    seed: u64,
+    /// The epoch and step of the next batch.
+    epoch: u64,
+    step: usize,
+}
 
 /// Deals the samples of a data set to the ranks, each sample of an epoch once.
 ///
@@ -78,6 +90,32 @@ impl Sampler {
         Ok(self.order[start..start + share].iter().map(|&index| index as usize).collect())
     }
 
+    /// The state of a training whose next batch is that of this epoch and step. A step at the end of an epoch is the
+    /// first of the next one.
+    pub fn state(&self, epoch: u64, step: usize) -> SamplerState {
+        let steps = self.steps_per_epoch();
+        let (epoch, step) = (epoch.saturating_add((step / steps) as u64), step % steps);
+        let Self { samples, global_batch, seed, .. } = *self;
+        SamplerState { samples, global_batch, seed, epoch, step }
+    }
+
+    /// The epoch and step with which a training goes on that was in that state, on any number of ranks.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when it was dealt other samples, or in other batches: counting on would leave some out and take
+    /// others twice.
+    pub fn resume(&self, state: &SamplerState) -> Result<(u64, usize), Error> {
+        if *state != self.state(state.epoch, state.step) {
+            let reason = format!(
+                "the training was dealt {} samples in batches of {} with seed {}, this sampler deals {} in batches of {} \
+                 with seed {}",
+                state.samples, state.global_batch, state.seed, self.samples, self.global_batch, self.seed
+            );
+            return Err(Error::Usage { reason });
+        }
+        Ok((state.epoch, state.step))
+    }
+
     /// Fisher and Yates' shuffle, in Durstenfeld's form.
     fn permutation(&self, epoch: u64) -> Vec<u32> {
         let mut numbers = ChaCha8Rng::seed_from_u64(self.seed);
@@ -132,6 +170,18 @@ mod tests {
         let mut sorted = first.clone();
         sorted.sort_unstable();
         assert_eq!(sorted, (0..8).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_training_goes_on_with_the_next_batch_and_with_no_other_sampler() {
+        let sampler = Sampler::new(103, 20, 7).expect("the batch fits");
+        assert_eq!(sampler.resume(&sampler.state(3, 4)), Ok((3, 4)));
+        assert_eq!(sampler.resume(&sampler.state(3, 5)), Ok((4, 0)), "an epoch has 5 steps");
+        for other in [Sampler::new(104, 20, 7), Sampler::new(103, 10, 7), Sampler::new(103, 20, 8)] {
+            let error =
+                sampler.resume(&other.expect("the batch fits").state(3, 4)).expect_err("another sampler");
+            assert!(error.to_string().contains("103 in batches of 20 with seed 7"), "{error}");
+        }
     }
 
     #[test]

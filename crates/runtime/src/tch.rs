@@ -4,15 +4,20 @@
 //! about the model. Between `loss.backward()` and `optimizer.step()` it replaces every gradient by its mean over the
 //! ranks. tch has no hooks in the backward pass, so nothing overlaps with it yet.
 //!
-//! Refused, before anything is sent: tensors on a GPU (there is no back end for them yet), kinds other than f32 and f64,
-//! and sparse gradients.
+//! [`TchDeviceParallel`] is the same for models on a GPU. [`TchDataParallel`] refuses, before anything is sent, tensors on
+//! one, kinds other than f32 and f64, and sparse gradients.
 //!
 //! Gradients are copied out of libtorch into the buckets and back, through one buffer on each way. Slices of libtorch's own
 //! memory would save that buffer, and would need proof that no other tensor shares it.
 
+mod cuda;
+mod device;
+
 use paceline_collectives::{Communicator, Element};
 use tch::nn::VarStore;
 use tch::{Device, Kind, TchError, Tensor};
+
+pub use device::{TchDevice, TchDeviceParallel};
 
 use crate::Error;
 use crate::data_parallel::{Config, DataParallel};
@@ -230,7 +235,7 @@ fn bytes_of(tensor: &Tensor) -> Result<Vec<u8>, Error> {
 fn check_place(tensor: &Tensor, name: impl Fn() -> String) -> Result<(), Error> {
     match tensor.device() {
         Device::Cpu => Ok(()),
-        device => usage(format!("{} is on {device:?}; only CPU tensors are supported so far", name())),
+        device => usage(format!("{} is on {device:?}; TchDeviceParallel is for those", name())),
     }
 }
 
@@ -251,7 +256,7 @@ mod tests {
     const ON_CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
 
     /// Runs `part` on two ranks as threads and returns what they computed.
-    fn on_two_ranks<T: Send + 'static>(part: fn(usize, &mut Communicator) -> T) -> [T; 2] {
+    pub(super) fn on_two_ranks<T: Send + 'static>(part: fn(usize, &mut Communicator) -> T) -> [T; 2] {
         let ranks = mem::group(2, 1, 1024).into_iter().enumerate().map(|(rank, transport)| {
             std::thread::spawn(move || {
                 let mut communicator = Communicator::new(Box::new(transport), Default::default())

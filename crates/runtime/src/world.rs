@@ -2,22 +2,26 @@
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::Path;
-use std::sync::{Arc, OnceLock};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use paceline_collectives::{Communicator, Config, Error as CollectivesError, Interrupter};
+use paceline_collectives::device::{Accelerator, Agreement, DeviceGroup, Setup};
+use paceline_collectives::{Communicator, Config, Error as CollectivesError, FlightRecorder, Interrupter};
 use paceline_transport::identity::Identity;
-use paceline_transport::quic::QuicTransport;
+use paceline_transport::quic::{Knock, QuicTransport, Settings};
 use paceline_transport::shm::{self, Sharing};
-use paceline_transport::tls::{Dialler, TlsTransport};
-use paceline_transport::{Error as TransportError, Fabric, IoThread, Roster, Transport, fabric, mem};
+use paceline_transport::tls::{Dialler, StripedTransport, TlsTransport};
+use paceline_transport::{
+    Error as TransportError, Fabric, IoHandle, IoThread, Roster, Transport, fabric, mem,
+};
 use paceline_transport::{quic, tls};
 use tokio::sync::oneshot;
 
 use crate::env::{self, JobEnv};
-use crate::rendezvous::{Client, News};
-use crate::{Error, renewal};
+use crate::interface::Selection;
+use crate::rendezvous::{self, Client, Door, Met, News};
+use crate::{Error, flight_recorder, renewal};
 
 /// How much longer than the server a worker waits: the server's answer names who is missing.
 const SERVER_GRACE: Duration = Duration::from_secs(2);
@@ -35,6 +39,8 @@ pub struct World {
     local_world_size: usize,
     links: &'static str,
     communicator: Communicator,
+    /// The way of collectives on device memory, once ranks have agreed on one.
+    backend: Option<Agreement>,
     /// Dropped last: it carries the communicator's links.
     membership: Membership,
 }
@@ -60,9 +66,13 @@ struct Job {
 struct Doors {
     quic: Option<quic::Endpoint>,
     tls: Option<tls::Endpoint>,
+    /// On further interfaces.
+    beside: Vec<tls::Endpoint>,
     /// Whether the ranks are to choose between both.
     choose: bool,
     port: u16,
+    /// What the QUIC endpoint wants to hear.
+    knock: Option<Knock>,
 }
 
 /// Ports that were free for TCP and taken for UDP before that is an error.
@@ -104,6 +114,7 @@ impl World {
             local_world_size: 1,
             links: "none",
             communicator,
+            backend: None,
             membership: Membership { _job: None },
         })
     }
@@ -117,11 +128,34 @@ impl World {
         let deadline = Instant::now() + env.rendezvous_timeout + SERVER_GRACE;
         let io = IoThread::start()?;
         let identity = read_identity(&env.identity)?;
-        let mut doors = Doors::open(&io, listen_address(&env.rendezvous), &identity, fabric)?;
+        let wrong = |reason| Error::Environment { variable: env::INTERFACE, reason };
+        let chosen = env.interface.as_ref().map(Selection::choose_all_here).transpose().map_err(wrong)?;
+        let ips = chosen.unwrap_or_default();
+        if ips.len() > 1 && fabric == Fabric::Quic {
+            let reason =
+                "links over several interfaces are TLS's; leave PACELINE_FABRIC unset or make it tls";
+            return Err(wrong(reason.to_owned()));
+        }
+        let ip = ips.first().copied();
         let dialler = Dialler::new(&io.handle(), &identity)?;
-        let (server, port) = (env.rendezvous.clone(), doors.port);
-        let joining = Client::join(dialler, server, env.rank, env.world_size, (fabric, port), deadline);
-        let (client, roster) = io.handle().block_on(joining)??;
+        let server = env.rendezvous.clone();
+        let dialled = io.handle().block_on(async move {
+            let connection = rendezvous::dial(&dialler, &server, deadline).await;
+            connection.map_err(|reason| Error::Rendezvous { endpoint: server, reason })
+        })??;
+        let listen = match ip {
+            Some(ip) => SocketAddr::new(ip, 0),
+            None => listen_address(&env.rendezvous, dialled.remote_address().ip()),
+        };
+        tracing::debug!(rank = env.rank, address = %listen.ip(), told = ip.is_some(), "listening for other ranks");
+        let mut doors = Doors::open(&io, listen, &identity, fabric)?;
+        doors.open_beside(&io, ips.get(1..).unwrap_or_default(), &identity, fabric)?;
+        let door = Door { ip, port: doors.port, fabric, knock: doors.knock };
+        let server = (dialled, env.rendezvous.clone());
+        let job = identity.job().to_owned();
+        let joining = Client::join(server, job, (env.rank, env.world_size, env.generation), door, deadline);
+        let Met { client, roster, knocks } = io.handle().block_on(joining)??;
+        doors.knock_at(knocks);
         // Taken back below: whoever hears of a death meanwhile never gives it back.
         let client = Arc::new(tokio::sync::Mutex::new(client));
         let one_host = env.local_world_size == env.world_size && sharing == Sharing::Auto;
@@ -137,7 +171,8 @@ impl World {
             let _ = culprit.send(culprit_of(error));
         });
         let interrupter = communicator.interrupter();
-        let watcher = io.handle().spawn(watch(client, interrupter, culprits));
+        let traces = Traces::new(env, &communicator);
+        let watcher = io.handle().spawn(watch(client, interrupter, culprits, traces));
         let renewal = io.handle().spawn(renewal::follow(env.identity.clone(), identity));
         if let Err(error) = communicator.tune() {
             // A rank that is ready may have failed already, or left. Whoever is not finds that in its first
@@ -151,6 +186,7 @@ impl World {
             local_world_size: env.local_world_size,
             links,
             communicator,
+            backend: None,
             membership: Membership { _job: Some(Job { watcher, renewal, _doors: doors, _io: io }) },
         })
     }
@@ -175,8 +211,8 @@ impl World {
         self.local_world_size
     }
 
-    /// The kind of links between the ranks: `shm` where all share memory, `quic` or `tls` where none do,
-    /// `shm+quic` or `shm+tls` between several hosts, `none` in a world of one without a launcher.
+    /// The kind of links between the ranks: `shm` where all share memory, `quic`, `tls` or `tcp` where none do,
+    /// `shm+quic`, `shm+tls` or `shm+tcp` between several hosts, `none` in a world of one without a launcher.
     pub fn links(&self) -> &'static str {
         self.links
     }
@@ -184,6 +220,54 @@ impl World {
     /// The communicator of all ranks.
     pub fn communicator(&mut self) -> &mut Communicator {
         &mut self.communicator
+    }
+
+    /// What this process computes on: the GPU of its number on the host, or the host's memory where there is none, which
+    /// the first rank of each host logs in one line. `PACELINE_CUDA_PATH` names CUDA's driver where the system does not.
+    pub fn accelerator(&self) -> Accelerator {
+        let (found, reason) = Accelerator::find(self.local_rank, env::cuda_driver(env::process).as_deref());
+        match reason {
+            Some(reason) if self.local_rank == 0 => tracing::info!(rank = self.rank, reason, "no GPU"),
+            Some(_) => {}
+            None => tracing::debug!(rank = self.rank, device = found.name(), "a GPU"),
+        }
+        found
+    }
+
+    /// Forms the group of all ranks' devices, with its own links: collectives on device memory, through NCCL where all
+    /// ranks can use it and through the host otherwise, or as `PACELINE_BACKEND` says. All ranks call it. Rank 0 logs the
+    /// way and why; [`backend`](Self::backend) has them. Blocks.
+    ///
+    /// The group is left before this world is.
+    ///
+    /// # Errors
+    /// [`Error::Environment`] for a `PACELINE_BACKEND` that makes no sense; [`Error::Collectives`] when ranks want
+    /// different things, or one cannot have what they want.
+    pub fn device_group(&mut self, accelerator: &Accelerator) -> Result<DeviceGroup, Error> {
+        self.device_group_with(accelerator, &env::device_setup(env::process)?)
+    }
+
+    /// [`device_group`](Self::device_group), formed as the program says, whatever the environment does.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn device_group_with(
+        &mut self,
+        accelerator: &Accelerator,
+        setup: &Setup,
+    ) -> Result<DeviceGroup, Error> {
+        let seat = accelerator.seat().map_err(|error| Error::Usage { reason: error.to_string() })?;
+        let Some(communicator) = self.communicator.split(Some(0), 0)? else {
+            unreachable!("a color was given");
+        };
+        let group = DeviceGroup::form(communicator, seat, setup)?;
+        self.backend = Some(group.agreement().clone());
+        Ok(group)
+    }
+
+    /// The way of collectives on device memory, and why; `None` before [`device_group`](Self::device_group).
+    pub fn backend(&self) -> Option<&Agreement> {
+        self.backend.as_ref()
     }
 
     /// Leaves the job in order. To be called at the end of every successful run: a process that ends
@@ -213,28 +297,83 @@ impl Drop for Job {
 impl Doors {
     fn open(io: &IoThread, addr: SocketAddr, identity: &Identity, fabric: Fabric) -> Result<Self, Error> {
         let io = io.handle();
+        // Without random numbers there will be no TLS either.
+        let knock = Knock::random().ok();
+        let settings = |addr: SocketAddr| Settings::for_address(addr.ip()).with_knock(knock);
         if fabric == Fabric::Quic {
-            let quic = quic::Endpoint::bind(&io, addr, identity)?;
+            let quic = quic::Endpoint::bind_with(&io, addr, identity, &settings(addr))?;
             let port = quic.local_addr().port();
-            return Ok(Self { quic: Some(quic), tls: None, choose: false, port });
+            return Ok(Self { quic: Some(quic), tls: None, beside: Vec::new(), choose: false, port, knock });
         }
         let mut tries = PORT_TRIES;
         loop {
-            let tls = tls::Endpoint::bind(&io, addr, identity)?;
+            let tls = bind_tls(&io, addr, identity, fabric)?;
             let port = tls.local_addr().port();
-            if fabric == Fabric::Tls {
-                return Ok(Self { quic: None, tls: Some(tls), choose: false, port });
+            if matches!(fabric, Fabric::Tls | Fabric::Tcp) {
+                let (quic, tls) = (None, Some(tls));
+                return Ok(Self { quic, tls, beside: Vec::new(), choose: false, port, knock: None });
             }
-            match quic::Endpoint::bind(&io, SocketAddr::new(addr.ip(), port), identity) {
-                Ok(quic) => return Ok(Self { quic: Some(quic), tls: Some(tls), choose: true, port }),
+            let addr = SocketAddr::new(addr.ip(), port);
+            match quic::Endpoint::bind_with(&io, addr, identity, &settings(addr)) {
+                Ok(quic) => {
+                    let (quic, tls) = (Some(quic), Some(tls));
+                    return Ok(Self { quic, tls, beside: Vec::new(), choose: true, port, knock });
+                }
                 Err(TransportError::Bind { kind: ErrorKind::AddrInUse, .. }) if tries > 0 => tries -= 1,
                 Err(error) => {
                     // A sandbox without UDP: the links will be TLS, on all ranks.
                     tracing::info!(%error, "no UDP socket");
-                    return Ok(Self { quic: None, tls: Some(tls), choose: true, port });
+                    let (quic, tls) = (None, Some(tls));
+                    return Ok(Self { quic, tls, beside: Vec::new(), choose: true, port, knock: None });
                 }
             }
         }
+    }
+
+    /// Has the others be dialled as their endpoints want.
+    fn knock_at(&self, knocks: Vec<(SocketAddr, Knock)>) {
+        if let Some(quic) = &self.quic {
+            knocks.into_iter().for_each(|(addr, knock)| quic.knock_at(addr, knock));
+        }
+    }
+
+    /// Opens further doors, for links over several interfaces at the same time.
+    fn open_beside(
+        &mut self,
+        io: &IoThread,
+        ips: &[IpAddr],
+        identity: &Identity,
+        fabric: Fabric,
+    ) -> Result<(), Error> {
+        for &ip in ips {
+            self.beside.push(bind_tls(&io.handle(), SocketAddr::new(ip, 0), identity, fabric)?);
+        }
+        Ok(())
+    }
+
+    /// Links up over further interfaces too, where all ranks have some.
+    fn link_beside(
+        &self,
+        io: &IoThread,
+        client: &Arc<tokio::sync::Mutex<Client>>,
+        mut first: TlsTransport,
+        roster: &Roster,
+        deadline: Instant,
+    ) -> Result<Box<dyn Transport>, Error> {
+        let rosters = unless_a_rank_dies(io, client, |death| {
+            fabric::rosters_beside(&mut first, &self.beside, roster, deadline, death)
+        })?;
+        let beside =
+            self.beside.iter().zip(rosters).map(|(door, roster)| {
+                first.connect_beside(door, roster, deadline, first_death(client.clone()))
+            });
+        let mut lanes = beside.collect::<Result<Vec<_>, _>>()?;
+        if lanes.is_empty() {
+            return Ok(Box::new(first));
+        }
+        lanes.insert(0, first);
+        tracing::info!(rank = roster.rank, interfaces = lanes.len(), "links over several interfaces");
+        Ok(Box::new(StripedTransport::new(lanes)?))
     }
 
     /// Links up with the other ranks, and closes the door that is not needed any more.
@@ -251,7 +390,8 @@ impl Doors {
             let door = self.quic.as_ref().expect("there is one of both");
             return Ok(Box::new(QuicTransport::connect_unless(door, roster, deadline, death)?));
         };
-        let tls = Box::new(TlsTransport::connect_unless(door, roster.clone(), deadline, death)?);
+        let first = TlsTransport::connect_unless(door, roster.clone(), deadline, death)?;
+        let tls = self.link_beside(io, client, first, &roster, deadline)?;
         if !self.choose {
             return Ok(tls);
         }
@@ -267,10 +407,26 @@ impl Doors {
             fabric::choose(tls, form_quic, (one_host, probe), deadline, death)
         })?;
         match chosen.name() {
-            "quic" => self.tls = None,
+            "quic" => {
+                self.tls = None;
+                self.beside.clear();
+            }
             _ => self.quic = None,
         }
         Ok(chosen)
+    }
+}
+
+/// A port for links over TCP, encrypted unless it is otherwise wanted.
+fn bind_tls(
+    io: &IoHandle,
+    addr: SocketAddr,
+    identity: &Identity,
+    fabric: Fabric,
+) -> Result<tls::Endpoint, TransportError> {
+    match fabric {
+        Fabric::Tcp => tls::Endpoint::bind_plain(io, addr, identity),
+        _ => tls::Endpoint::bind(io, addr, identity),
     }
 }
 
@@ -294,15 +450,83 @@ fn unless_a_rank_dies<T>(
 /// Completes when a rank has ended before all links were made, with the reason.
 async fn first_death(client: Arc<tokio::sync::Mutex<Client>>) -> String {
     let mut client = client.lock().await;
-    match client.news().await {
-        Some(News::Died { rank, cause }) => format!("rank {rank} {cause}"),
+    let news = loop {
+        match client.news().await {
+            // There is nothing yet to be traced.
+            Some(News::Trace) => {}
+            news => break news,
+        }
+    };
+    match news {
+        Some(News::Died { rank, cause }) => {
+            let reason = format!("rank {rank} {cause}");
+            // The links may be there before anybody looks at this.
+            client.keep(News::Died { rank, cause });
+            reason
+        }
         Some(News::Exited { rank }) => {
             // It may have finished its part and left in order, and its link is about to be made here.
             client.keep(News::Exited { rank });
             tokio::time::sleep(GOODBYE_GRACE).await;
             format!("rank {rank} exited with code 0")
         }
-        None => "the launcher has gone".to_owned(),
+        Some(News::Trace) | None => "the launcher has gone".to_owned(),
+    }
+}
+
+/// Where a rank's traces come from, and where they go, if anywhere.
+#[derive(Clone)]
+struct Traces {
+    recorder: FlightRecorder,
+    writer: Option<TraceWriter>,
+}
+
+#[derive(Clone)]
+struct TraceWriter {
+    folder: PathBuf,
+    timeout: Duration,
+    /// Held from before a trace is taken until it is written, so that an older one never takes the place of a newer.
+    writing: Arc<Mutex<()>>,
+}
+
+impl Traces {
+    /// Also has one written when the communicator fails.
+    fn new(env: &JobEnv, communicator: &Communicator) -> Self {
+        let (recorder, timeout) = (communicator.flight_recorder(), communicator.config().timeout);
+        let writer = |folder| TraceWriter { folder, timeout, writing: Arc::default() };
+        let writer = env.flight_recorder.clone().map(writer);
+        if let Some(writer) = writer.clone() {
+            // The recorder keeps this, so this must not keep the recorder.
+            recorder.on_failure(move |recorder| writer.write(recorder));
+        }
+        Self { recorder, writer }
+    }
+
+    /// On a thread of its own, since it writes a file; does not wait for it.
+    fn write_in_background(&self) {
+        if let Self { recorder, writer: Some(writer) } = self.clone() {
+            drop(tokio::task::spawn_blocking(move || writer.write(&recorder)));
+        }
+    }
+}
+
+impl TraceWriter {
+    fn write(&self, recorder: &FlightRecorder) {
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let trace = &recorder.trace();
+        if trace.groups.is_empty() {
+            // The communicators are gone, and whose they were: that of a failure was written before.
+            return;
+        }
+        let folder = self.folder.display();
+        match flight_recorder::write(&self.folder, trace, self.timeout) {
+            Ok(()) => {
+                tracing::info!(rank = trace.rank, %folder, "wrote what this rank did last")
+            }
+            Err(error) => {
+                tracing::warn!(rank = trace.rank, %folder, %error, "cannot write what this rank did last");
+            }
+        }
     }
 }
 
@@ -312,6 +536,7 @@ async fn watch(
     client: Arc<tokio::sync::Mutex<Client>>,
     interrupter: Interrupter,
     mut culprit: oneshot::Receiver<Option<usize>>,
+    traces: Traces,
 ) {
     let mut client = client.lock().await;
     let mut failed = false;
@@ -320,8 +545,9 @@ async fn watch(
             news = client.news() => news,
             culprit = &mut culprit, if !failed => {
                 failed = true;
-                if let Ok(Some(rank)) = culprit {
-                    client.blame(rank).await;
+                // An error of the channel is the end of a communicator that has not failed.
+                if let Ok(because_of) = culprit {
+                    client.failed(because_of).await;
                 }
                 continue;
             }
@@ -335,6 +561,7 @@ async fn watch(
                     interrupter.peer_lost(rank, "exited with code 0 without leaving");
                 });
             }
+            Some(News::Trace) => traces.write_in_background(),
             None => return tracing::debug!("the launcher has gone"),
         }
     }
@@ -357,18 +584,19 @@ fn read_identity(path: &Path) -> Result<Identity, Error> {
     renewal::read(path).map_err(unusable)
 }
 
-/// The address on which a member of a job listens: loopback when the rendezvous is there, so that a job on one machine is not
-/// reachable from outside; otherwise all interfaces of the rendezvous's address family.
-pub fn listen_address(rendezvous: &str) -> SocketAddr {
+/// The address on which a member of a job listens that has dialled the rendezvous at `dialled`: loopback when the
+/// rendezvous was named as being there, so that a job on one machine is not reachable from outside; otherwise all
+/// interfaces of the address family by which the rendezvous was reached, as that is where the others then dial.
+pub fn listen_address(rendezvous: &str, dialled: IpAddr) -> SocketAddr {
     let host = rendezvous.rsplit_once(':').map_or(rendezvous, |(host, _)| host);
     let host = host.trim_start_matches('[').trim_end_matches(']');
-    let ip = match host.parse::<IpAddr>() {
+    let means_loopback = host == "localhost" || host.parse().is_ok_and(|ip: IpAddr| ip.is_loopback());
+    let ip: IpAddr = match (dialled, means_loopback) {
         // Whichever it is: a rank that dials it is seen at this one, which is where the others then dial the rank.
-        Ok(IpAddr::V4(ip)) if ip.is_loopback() => Ipv4Addr::LOCALHOST.into(),
-        Ok(ip) if ip.is_loopback() => ip,
-        Ok(IpAddr::V6(_)) => Ipv6Addr::UNSPECIFIED.into(),
-        Err(_) if host == "localhost" => Ipv4Addr::LOCALHOST.into(),
-        Ok(IpAddr::V4(_)) | Err(_) => Ipv4Addr::UNSPECIFIED.into(),
+        (IpAddr::V4(_), true) => Ipv4Addr::LOCALHOST.into(),
+        (IpAddr::V6(_), true) => Ipv6Addr::LOCALHOST.into(),
+        (IpAddr::V4(_), false) => Ipv4Addr::UNSPECIFIED.into(),
+        (IpAddr::V6(_), false) => Ipv6Addr::UNSPECIFIED.into(),
     };
     SocketAddr::new(ip, 0)
 }
@@ -388,17 +616,62 @@ mod tests {
     }
 
     #[test]
+    fn a_world_on_the_host_sums_device_memory_and_says_why() {
+        let mut world = World::alone(Config::default()).expect("the defaults are right");
+        assert_eq!(world.backend(), None);
+        let host = Accelerator::Host(Default::default());
+        let group = world.device_group(&host).expect("nobody else is needed");
+        let agreement = world.backend().expect("they have agreed").to_string();
+        assert_eq!(
+            agreement,
+            "collectives on device memory go through the host: rank 0 has no GPU or no driver of CUDA"
+        );
+        assert_eq!((group.rank(), group.world_size()), (0, 1));
+        group.leave().expect("nobody else is needed");
+        world.leave().expect("nobody else is needed");
+    }
+
+    #[test]
+    fn what_is_told_of_a_failure_does_not_keep_the_recorder() {
+        let mut world = World::alone(Config::default()).expect("the defaults are right");
+        let folder = tempfile::tempdir().expect("a folder");
+        let env = JobEnv {
+            rank: 0,
+            world_size: 1,
+            local_rank: 0,
+            local_world_size: 1,
+            generation: 0,
+            rendezvous: "127.0.0.1:1".to_owned(),
+            rendezvous_timeout: Duration::ZERO,
+            identity: PathBuf::new(),
+            interface: None,
+            flight_recorder: Some(folder.path().to_owned()),
+        };
+        let traces = Traces::new(&env, world.communicator());
+        let writing = Arc::downgrade(&traces.writer.as_ref().expect("there is a folder").writing);
+        drop(traces);
+        assert!(writing.upgrade().is_some(), "the recorder has it");
+        drop(world);
+        assert!(writing.upgrade().is_none(), "it went with the world");
+    }
+
+    #[test]
     fn a_local_rendezvous_means_local_sockets() {
-        for (rendezvous, expected) in [
-            ("127.0.0.1:29400", "127.0.0.1:0"),
-            ("127.0.0.2:29400", "127.0.0.1:0"),
-            ("localhost:29400", "127.0.0.1:0"),
-            ("[::1]:29400", "[::1]:0"),
-            ("10.1.2.3:29400", "0.0.0.0:0"),
-            ("[fd00::1]:29400", "[::]:0"),
-            ("job-launcher-0.job:29400", "0.0.0.0:0"),
+        for (rendezvous, dialled, expected) in [
+            ("127.0.0.1:29400", "127.0.0.1", "127.0.0.1:0"),
+            ("127.0.0.2:29400", "127.0.0.2", "127.0.0.1:0"),
+            ("localhost:29400", "127.0.0.1", "127.0.0.1:0"),
+            ("localhost:29400", "::1", "[::1]:0"),
+            ("[::1]:29400", "::1", "[::1]:0"),
+            ("10.1.2.3:29400", "10.1.2.3", "0.0.0.0:0"),
+            ("[fd00::1]:29400", "fd00::1", "[::]:0"),
+            ("[fe80::1%eth0]:29400", "fe80::1", "[::]:0"),
+            ("job-launcher-0.job:29400", "10.1.2.3", "0.0.0.0:0"),
+            ("job-launcher-0.job:29400", "fd00::1", "[::]:0"),
+            ("job-launcher-0.job:29400", "127.0.1.1", "0.0.0.0:0"),
         ] {
-            assert_eq!(listen_address(rendezvous).to_string(), expected);
+            let dialled = dialled.parse().expect("an address");
+            assert_eq!(listen_address(rendezvous, dialled).to_string(), expected);
         }
     }
 }

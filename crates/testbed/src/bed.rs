@@ -2,7 +2,8 @@
 
 use std::ffi::OsStr;
 use std::fs::OpenOptions;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -16,11 +17,17 @@ use crate::tun::Tun;
 /// Where the launcher's rendezvous listens. The address exists in the bed's namespaces only, as all of them do.
 pub const SWITCH_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 254);
 
-/// All addresses of a bed, as `ADDRESS/BITS`.
+/// The same over IPv6, where the kernel has it.
+pub const SWITCH_ADDRESS_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x77, 0, 0, 0, 0, 0, 0xfe);
+
+/// All IPv4 addresses of a bed, as `ADDRESS/BITS`.
 pub const NETWORK: &str = "10.77.0.0/24";
 
 /// Addresses end with 1 to 64; two cores do not carry more.
 const HOSTS_LIMIT: usize = 64;
+
+/// Interfaces of a host.
+const INTERFACES_LIMIT: usize = 4;
 
 /// IPv4's least MTU for every link is 68, QUIC's is 1200 and headers; the most is what a packet's length field holds.
 const MTU_RANGE: std::ops::RangeInclusive<u32> = 1280..=65_535;
@@ -39,7 +46,10 @@ pub struct Plan {
     pub hosts: usize,
     /// The longest IP packet of every link, in bytes; 1280 to 65535.
     pub mtu: u32,
-    /// What every host can send, in bits per second; `None` for as much as the machine does. Without faults alone: with
+    /// How many interfaces each host has, `eth0` and so on, each in a network of its own with all other hosts'; 1 to 4,
+    /// and 1 with faults.
+    pub interfaces: usize,
+    /// What every interface of a host can send, in bits per second; `None` for as much as the machine does. Without faults alone: with
     /// them it is [`Faults::rate`].
     pub rate: Option<u64>,
     /// With them there is a [`Relay`], also if they are none yet.
@@ -61,12 +71,12 @@ pub struct Bed {
 impl Plan {
     /// Hosts joined by veth pairs of this MTU, without faults.
     pub fn clean(hosts: usize, mtu: u32) -> Self {
-        Self { hosts, mtu, rate: None, faults: None, seed: 0 }
+        Self { hosts, mtu, interfaces: 1, rate: None, faults: None, seed: 0 }
     }
 
     /// Hosts joined by a [`Relay`], with an Ethernet's MTU.
     pub fn relayed(hosts: usize, faults: Faults, seed: u64) -> Self {
-        Self { hosts, mtu: 1500, rate: None, faults: Some(faults), seed }
+        Self { hosts, mtu: 1500, interfaces: 1, rate: None, faults: Some(faults), seed }
     }
 
     fn check(&self) -> Result<(), Error> {
@@ -77,6 +87,13 @@ impl Plan {
         if !MTU_RANGE.contains(&self.mtu) {
             let (least, most) = (MTU_RANGE.start(), MTU_RANGE.end());
             return wrong(format!("an MTU of {} cannot be made; choose {least} to {most}", self.mtu));
+        }
+        let most = if self.faults.is_some() { 1 } else { INTERFACES_LIMIT };
+        if !(1..=most).contains(&self.interfaces) {
+            let interfaces = self.interfaces;
+            return wrong(format!(
+                "hosts with {interfaces} interfaces cannot be made here; choose 1 to {most}"
+            ));
         }
         if let Some(faults) = &self.faults {
             for (name, share) in
@@ -176,6 +193,16 @@ pub fn host_address(host: usize) -> Ipv4Addr {
     Ipv4Addr::new(10, 77, 0, host as u8 + 1)
 }
 
+/// A host's address over IPv6, where the kernel [has it](has_ipv6).
+pub fn host_address_v6(host: usize) -> Ipv6Addr {
+    Ipv6Addr::new(0xfd00, 0x77, 0, 0, 0, 0, 0, host as u16 + 1)
+}
+
+/// Whether hosts have IPv6 addresses besides their others.
+pub fn has_ipv6() -> bool {
+    Path::new("/proc/net/if_inet6").exists()
+}
+
 /// Why hosts cannot be made here, in one line; `None` if they can. Tries each thing that a bed is made of, but not by way
 /// of a bed: a mistake in here must not look like a machine without the means.
 pub fn missing() -> Option<String> {
@@ -195,24 +222,38 @@ pub fn missing() -> Option<String> {
     probe().err().map(|reason| format!("network namespaces cannot be made here ({reason}); it takes root"))
 }
 
-/// Each host has a veth pair whose other end is in a bridge of the switch.
+/// Each host has veth pairs whose other ends are in bridges of the switch.
 fn wire_by_bridge(plan: &Plan, names: &[String]) -> Result<(), Error> {
     let (switch, hosts) = names.split_last().expect("the switch is the last of them");
     let mtu = plan.mtu;
-    run(&format!("ip -n {switch} link add switch mtu {mtu} type bridge"))?;
-    for (host, name) in hosts.iter().enumerate() {
-        run(&format!(
-            "ip -n {switch} link add port{host} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {name}"
-        ))?;
-        run(&format!("ip -n {switch} link set port{host} master switch up"))?;
-        configure(name, "eth0", host_address(host))?;
-        if let Some(rate) = plan.rate {
+    for interface in 0..plan.interfaces {
+        let bridge = if interface == 0 { "switch".to_owned() } else { format!("switch{interface}") };
+        run(&format!("ip -n {switch} link add {bridge} mtu {mtu} type bridge"))?;
+        for (host, name) in hosts.iter().enumerate() {
+            let (port, device) = (format!("port{host}x{interface}"), format!("eth{interface}"));
             run(&format!(
-                "tc -n {name} qdisc add dev eth0 root tbf rate {rate}bit burst {BURST_BYTES} latency 50ms"
+                "ip -n {switch} link add {port} mtu {mtu} type veth peer name {device} mtu {mtu} netns {name}"
             ))?;
+            run(&format!("ip -n {switch} link set {port} master {bridge} up"))?;
+            let first = || host_addresses(host);
+            let further = || vec![further_address(interface, host as u8 + 1).into()];
+            configure(name, &device, &if interface == 0 { first() } else { further() })?;
+            if let Some(rate) = plan.rate {
+                run(&format!(
+                    "tc -n {name} qdisc add dev {device} root tbf rate {rate}bit burst {BURST_BYTES} latency 50ms"
+                ))?;
+            }
         }
+        let first = switch_addresses;
+        let further = || vec![further_address(interface, 254).into()];
+        configure(switch, &bridge, &if interface == 0 { first() } else { further() })?;
     }
-    configure(switch, "switch", SWITCH_ADDRESS)
+    Ok(())
+}
+
+/// An address in the network of a further interface.
+fn further_address(interface: usize, last: u8) -> Ipv4Addr {
+    Ipv4Addr::new(10, 77, interface as u8, last)
 }
 
 /// Every host and the switch have a TUN device whose other end the relay has.
@@ -231,16 +272,30 @@ fn wire_by_relay(plan: &Plan, faults: Faults, bed: usize, names: &[String]) -> R
             "ip -n {name} link set {device} name eth0 mtu {} txqueuelen {QUEUE_PACKETS}",
             plan.mtu
         ))?;
-        let address = if port == plan.hosts { SWITCH_ADDRESS } else { host_address(port) };
-        configure(name, "eth0", address)?;
-        devices.push((address, tun));
+        let addresses = if port == plan.hosts { switch_addresses() } else { host_addresses(port) };
+        configure(name, "eth0", &addresses)?;
+        devices.push((addresses, tun));
     }
     Relay::start(devices, faults, plan.seed).map_err(|error| failed("start the relay", &error))
 }
 
-/// Gives a device its address and turns it on.
-fn configure(name: &str, device: &str, address: Ipv4Addr) -> Result<(), Error> {
-    run(&format!("ip -n {name} addr add {address}/24 dev {device}"))?;
+fn host_addresses(host: usize) -> Vec<IpAddr> {
+    let v6 = has_ipv6().then(|| host_address_v6(host).into());
+    [host_address(host).into()].into_iter().chain(v6).collect()
+}
+
+fn switch_addresses() -> Vec<IpAddr> {
+    let v6 = has_ipv6().then_some(SWITCH_ADDRESS_V6.into());
+    [SWITCH_ADDRESS.into()].into_iter().chain(v6).collect()
+}
+
+/// Gives a device its addresses and turns it on.
+fn configure(name: &str, device: &str, addresses: &[IpAddr]) -> Result<(), Error> {
+    for address in addresses {
+        // Without a look whether another host has it, which would take a second and more.
+        let (bits, flag) = if address.is_ipv4() { (24, "") } else { (64, "nodad") };
+        run(&format!("ip -n {name} addr add {address}/{bits} dev {device} {flag}"))?;
+    }
     run(&format!("ip -n {name} link set {device} up")).map(drop)
 }
 

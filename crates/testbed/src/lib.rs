@@ -6,6 +6,8 @@
 //!  host 2 ── 10.77.0.3 ──┘
 //! ```
 //!
+//! Where the kernel has IPv6, hosts have addresses of that too: fd00:77::1 and following, the switch fd00:77::fe.
+//!
 //! Without faults the links are veth pairs on a bridge, as fast as the kernel is. With faults every host has a TUN
 //! device instead, and a [`Relay`] of ours carries the packets between them: the kernels that we meet have a qdisc for
 //! rates (tbf) and none for delay, loss and order (netem).
@@ -14,7 +16,7 @@
 //! namespaces away when it is dropped, and when its process ends in any other way: see `janitor`.
 //!
 //! Needs root (`CAP_SYS_ADMIN` and `CAP_NET_ADMIN`), iproute2 and `/dev/net/tun`; [`missing`] says in one line what is
-//! not there. Used by `cargo xtask hosts`, `cargo xtask peers --between-hosts` and crates/launcher/tests/hosts.rs.
+//! not there. Used by `paceline local`, `cargo xtask hosts`, `cargo xtask peers --between-hosts` and the tests of the launcher.
 
 mod bed;
 mod command;
@@ -23,7 +25,9 @@ mod path;
 mod relay;
 mod tun;
 
-pub use bed::{Bed, NETWORK, Plan, SWITCH_ADDRESS, host_address, missing};
+pub use bed::{
+    Bed, NETWORK, Plan, SWITCH_ADDRESS, SWITCH_ADDRESS_V6, has_ipv6, host_address, host_address_v6, missing,
+};
 pub use path::Faults;
 pub use relay::{Counts, Relay};
 

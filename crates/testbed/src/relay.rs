@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::fmt;
 use std::io::{self, PipeReader, PipeWriter, pipe};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -72,7 +72,7 @@ struct Shared {
 impl Relay {
     /// Carries packets between these devices, which have these addresses, until it is dropped, with the same faults on
     /// all paths. Chance follows from the seed; what it hits follows from the packets' timing too.
-    pub(crate) fn start(devices: Vec<(Ipv4Addr, Tun)>, faults: Faults, seed: u64) -> io::Result<Self> {
+    pub(crate) fn start(devices: Vec<(Vec<IpAddr>, Tun)>, faults: Faults, seed: u64) -> io::Result<Self> {
         let ports = devices.len();
         let faults = Mutex::new(vec![faults; ports * ports]);
         let shared = Arc::new(Shared { ports, faults, counts: Mutex::default() });
@@ -158,7 +158,8 @@ impl Drop for Relay {
 /// The thread's own.
 struct Carrier {
     shared: Arc<Shared>,
-    addresses: Vec<Ipv4Addr>,
+    /// Of each device.
+    addresses: Vec<Vec<IpAddr>>,
     devices: Vec<Tun>,
     stopped: PipeReader,
     paths: Vec<Path>,
@@ -216,7 +217,8 @@ impl Carrier {
             let Ok(len) = self.devices[port].read(buffer) else { return };
             let packet = &buffer[..len];
             // Broadcasts and what the kernel says to the neighbourhood are for nobody.
-            let to = destination(packet).and_then(|to| self.addresses.iter().position(|&own| own == to));
+            let to =
+                destination(packet).and_then(|to| self.addresses.iter().position(|own| own.contains(&to)));
             let Some(to) = to else { continue };
             self.send(port * ports + to, &faults[to], packet, now);
         }
@@ -279,11 +281,13 @@ impl Carrier {
     }
 }
 
-/// Where an IPv4 packet is to go (RFC 791, 3.1); `None` for anything else.
-fn destination(packet: &[u8]) -> Option<Ipv4Addr> {
-    let version = packet.first()? >> 4;
-    let address: [u8; 4] = packet.get(16..20)?.try_into().ok()?;
-    (version == 4).then(|| address.into())
+/// Where an IP packet is to go (RFC 791, 3.1; RFC 8200, 3); `None` for anything else.
+fn destination(packet: &[u8]) -> Option<IpAddr> {
+    match packet.first()? >> 4 {
+        4 => Some(Ipv4Addr::from(<[u8; 4]>::try_from(packet.get(16..20)?).ok()?).into()),
+        6 => Some(Ipv6Addr::from(<[u8; 16]>::try_from(packet.get(24..40)?).ok()?).into()),
+        _ => None,
+    }
 }
 
 /// The values are whole at every moment, so a thread that panicked has left nothing half done.
@@ -297,13 +301,18 @@ mod tests {
 
     #[test]
     fn a_packet_goes_where_its_header_says_and_nothing_else_goes_anywhere() {
-        let mut packet = [0; 20];
+        let mut packet = [0; 40];
         packet[0] = 0x45;
         packet[16..20].copy_from_slice(&[10, 77, 0, 3]);
-        assert_eq!(destination(&packet), Some(Ipv4Addr::new(10, 77, 0, 3)));
+        assert_eq!(destination(&packet), Some([10, 77, 0, 3].into()));
         assert_eq!(destination(&packet[..19]), None, "cut off");
         packet[0] = 0x60;
-        assert_eq!(destination(&packet), None, "IPv6");
+        packet[24] = 0xfd;
+        packet[39] = 3;
+        assert_eq!(destination(&packet), "fd00::3".parse().ok());
+        assert_eq!(destination(&packet[..39]), None, "cut off");
+        packet[0] = 0x50;
+        assert_eq!(destination(&packet), None, "neither IPv4 nor IPv6");
         assert_eq!(destination(&[]), None);
     }
 }

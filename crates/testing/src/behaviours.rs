@@ -40,6 +40,7 @@ macro_rules! behaviours {
 behaviours! {
     every_collective_is_right_for_every_dtype_and_op: &[1, 2, 3, 4, 5], small_segments, heavy: false;
     rings_are_right_too: &[1, 2, 3, 4, 5], rings, heavy: false;
+    halving_is_right_too: &[1, 2, 3, 4, 5], halving, heavy: false;
     sums_have_the_fixed_order_to_the_bit: &[1, 2, 3, 4, 5], small_segments, heavy: false;
     sums_have_the_same_bits_whatever_the_segments: &[2, 4], Config::default, heavy: true;
     long_messages_pass_in_both_directions_at_once: &[2, 4], Config::default, heavy: true;
@@ -75,6 +76,12 @@ fn rings() -> Config {
     let mut config = small_segments();
     config.algorithm = Algorithm::Ring;
     config.order = Order::Any;
+    config
+}
+
+fn halving() -> Config {
+    let mut config = rings();
+    config.algorithm = Algorithm::Halving;
     config
 }
 
@@ -128,6 +135,10 @@ fn every_collective_is_right_for_every_dtype_and_op(mut communicator: Communicat
 }
 
 fn rings_are_right_too(communicator: Communicator) {
+    every_collective_is_right_for_every_dtype_and_op(communicator);
+}
+
+fn halving_is_right_too(communicator: Communicator) {
     every_collective_is_right_for_every_dtype_and_op(communicator);
 }
 

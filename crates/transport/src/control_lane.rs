@@ -316,3 +316,27 @@ where
     }
     results
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::close::quote;
+    use crate::wire;
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_a_control_message_or_an_error(bytes: Vec<u8>) {
+            if let Ok(Control::Message(message)) = wire::decode::<Control>(&bytes) {
+                prop_assert!(message.len() < bytes.len());
+            }
+        }
+
+        #[test]
+        fn whatever_a_peer_says_at_the_end_is_one_line(bytes in prop::collection::vec(any::<u8>(), 0..2000)) {
+            let words = quote(&bytes);
+            prop_assert!(words.chars().all(|c| !c.is_control()) && words.chars().count() <= 300);
+        }
+    }
+}

@@ -15,11 +15,13 @@
 
 use std::fmt;
 use std::io::IoSlice;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Transport};
+use crate::tls::{self, TlsTransport};
+use crate::{Error, Roster, Transport};
 
 /// How long QUIC links may take to form. All ranks are there; a lost packet is sent again after 0.1 s, and two
 /// seconds without an answer mean that UDP does not pass.
@@ -62,12 +64,15 @@ pub enum Fabric {
     Quic,
     /// TLS over TCP.
     Tls,
+    /// TCP without TLS: **anybody on the way can read and change what ranks send each other.** Never chosen by
+    /// [`Auto`](Fabric::Auto).
+    Tcp,
 }
 
 impl Fabric {
     /// All of them with their names, the default first.
-    pub const NAMES: [(&'static str, Fabric); 3] =
-        [("auto", Fabric::Auto), ("quic", Fabric::Quic), ("tls", Fabric::Tls)];
+    pub const NAMES: [(&'static str, Fabric); 4] =
+        [("auto", Fabric::Auto), ("quic", Fabric::Quic), ("tls", Fabric::Tls), ("tcp", Fabric::Tcp)];
 
     /// The name.
     pub fn name(self) -> &'static str {
@@ -75,6 +80,7 @@ impl Fabric {
             Fabric::Auto => "auto",
             Fabric::Quic => "quic",
             Fabric::Tls => "tls",
+            Fabric::Tcp => "tcp",
         }
     }
 }
@@ -141,6 +147,89 @@ pub fn choose(
         let _ = other.leave(deadline.min(Instant::now() + LEAVE_PATIENCE));
     }
     Ok(chosen)
+}
+
+/// Tells all other ranks where this rank's further `doors` are, and hears about theirs: the rosters of links
+/// [beside](TlsTransport::connect_beside) `first`, one for each interface that every rank has, in order. Every rank calls
+/// it, before anything else is sent over `first`, whose roster is `roster`. Blocks.
+///
+/// Ranks that have more interfaces than others leave some unused, and say so.
+///
+/// # Errors
+/// [`Error::GaveUp`] with what `give_up` says, [`Error::TimedOut`], [`Error::Lost`].
+pub fn rosters_beside(
+    first: &mut TlsTransport,
+    doors: &[tls::Endpoint],
+    roster: &Roster,
+    deadline: Instant,
+    give_up: &dyn Fn() -> Option<String>,
+) -> Result<Vec<Roster>, Error> {
+    let patience = Patience { deadline, give_up };
+    let here: Vec<SocketAddr> = doors.iter().map(tls::Endpoint::local_addr).collect();
+    let others: Vec<usize> = (0..roster.members.len()).filter(|&rank| rank != roster.rank).collect();
+    for &rank in &others {
+        patience.say(first, rank, &told(&here))?;
+    }
+    let mut addresses = vec![here.clone(); roster.members.len()];
+    for &rank in &others {
+        let mut bytes = [0; TOLD_BYTES];
+        patience.hear(first, rank, &mut bytes)?;
+        addresses[rank] = heard(&bytes).ok_or_else(|| nonsense(rank))?;
+    }
+    let common = addresses.iter().map(Vec::len).min().unwrap_or(0);
+    if common < here.len() {
+        let fewest = addresses.iter().position(|addresses| addresses.len() == common).unwrap_or(0);
+        let (has, uses) = (here.len() + 1, common + 1);
+        tracing::warn!(rank = roster.rank, has, uses, fewest, "a rank has fewer interfaces than this one");
+    }
+    let beside = |at: usize| {
+        let mut roster = roster.clone();
+        for (member, addresses) in roster.members.iter_mut().zip(&addresses) {
+            member.addr = addresses[at];
+        }
+        roster
+    };
+    Ok((0..common).map(beside).collect())
+}
+
+/// The most further interfaces of a rank.
+const DOORS_LIMIT: usize = 7;
+
+/// A number of addresses, and room for as many: 16 bytes of an IPv6 address, IPv4's as those that stand for them
+/// (RFC 4291, 2.5.5.2), and a port.
+const TOLD_BYTES: usize = 1 + DOORS_LIMIT * ADDRESS_BYTES;
+const ADDRESS_BYTES: usize = 18;
+
+/// A rank's further addresses, as it tells them the others.
+fn told(addresses: &[SocketAddr]) -> [u8; TOLD_BYTES] {
+    let mut bytes = [0; TOLD_BYTES];
+    let addresses = &addresses[..addresses.len().min(DOORS_LIMIT)];
+    // As small as the limit.
+    bytes[0] = addresses.len() as u8;
+    for (room, addr) in bytes[1..].chunks_exact_mut(ADDRESS_BYTES).zip(addresses) {
+        let ip = match addr.ip() {
+            IpAddr::V4(ip) => ip.to_ipv6_mapped(),
+            IpAddr::V6(ip) => ip,
+        };
+        room[..16].copy_from_slice(&ip.octets());
+        room[16..].copy_from_slice(&addr.port().to_le_bytes());
+    }
+    bytes
+}
+
+/// What another rank has told; `None` when that makes no sense.
+fn heard(bytes: &[u8; TOLD_BYTES]) -> Option<Vec<SocketAddr>> {
+    let count = usize::from(bytes[0]);
+    if count > DOORS_LIMIT {
+        return None;
+    }
+    let parse = |bytes: &[u8]| {
+        let mut ip = [0; 16];
+        ip.copy_from_slice(&bytes[..16]);
+        let port = u16::from_le_bytes([bytes[16], bytes[17]]);
+        SocketAddr::new(Ipv6Addr::from(ip).to_canonical(), port)
+    };
+    Some(bytes[1..].chunks_exact(ADDRESS_BYTES).take(count).map(parse).collect())
 }
 
 /// Rank 0's part: decides.
@@ -362,6 +451,8 @@ impl Patience<'_> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::mem;
 
@@ -387,6 +478,23 @@ mod tests {
         let ranks: Vec<_> = ranks.collect();
         let outcome = |rank: std::thread::JoinHandle<Result<u64, Error>>| rank.join().expect("no panic");
         ranks.into_iter().map(|rank| outcome(rank).expect("all ranks are there")).collect()
+    }
+
+    #[test]
+    fn addresses_of_further_interfaces_are_heard_as_they_are_told() {
+        let all: Vec<SocketAddr> = (0..9_u16)
+            .map(|at| match at % 2 {
+                0 => SocketAddr::new([10, 0, 0, at as u8].into(), 4000 + at),
+                _ => SocketAddr::new([0xfd00, 0, 0, 0, 0, 0, 0, at].into(), 4000 + at),
+            })
+            .collect();
+        for count in 0..=DOORS_LIMIT {
+            assert_eq!(heard(&told(&all[..count])), Some(all[..count].to_vec()));
+        }
+        assert_eq!(heard(&told(&all)), Some(all[..DOORS_LIMIT].to_vec()));
+        let mut nonsense = told(&all);
+        nonsense[0] = 200;
+        assert_eq!(heard(&nonsense), None);
     }
 
     #[test]
@@ -430,5 +538,36 @@ mod tests {
         let deadline = Instant::now() + PATIENCE;
         let error = choose(Box::new(zero), never, (false, 1), deadline, &give_up).expect_err("no answer");
         assert!(matches!(&error, Error::GaveUp { reason, .. } if reason == "rank 1 was killed"), "{error}");
+    }
+
+    #[test]
+    fn any_byte_is_a_plan_or_none() {
+        let plans = (0..=u8::MAX).filter_map(|byte| Some((byte, Plan::from_byte(byte)?)));
+        let plans: Vec<(u8, Plan)> = plans.collect();
+        assert_eq!(plans.len(), 5);
+        assert!(plans.into_iter().all(|(byte, plan)| plan as u8 == byte));
+    }
+
+    proptest! {
+        #[test]
+        fn any_question_of_rank_0_is_answered_or_ends_the_choice(questions: Vec<u64>, in_range in 0..200_000_u64) {
+            let mut group = mem::group(2, 1, 1 << 22).into_iter();
+            let (mut zero, mut one) = (group.next().expect("two"), group.next().expect("two"));
+            let patience = Patience { deadline: Instant::now() + PATIENCE, give_up: &|| None };
+            let mut expected = 0;
+            for question in questions.into_iter().take(3).chain([in_range, NO_MORE]) {
+                patience.say(&mut zero, 1, &question.to_le_bytes()).expect("there is room");
+                if question == NO_MORE {
+                    break;
+                }
+                if question > BLOCK_BYTES as u64 {
+                    expected = question;
+                    break;
+                }
+                patience.say(&mut zero, 1, &vec![0; question as usize]).expect("there is room");
+            }
+            let answered = answer(&mut one, &patience);
+            prop_assert_eq!(answered.is_err(), expected > BLOCK_BYTES as u64, "{:?}", answered);
+        }
     }
 }

@@ -16,7 +16,7 @@ use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
-use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1, UnparsedPublicKey};
+use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1, Ed25519KeyPair, UnparsedPublicKey};
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
     KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SignatureAlgorithm, SigningKey,
@@ -28,6 +28,10 @@ use rustls::sign::CertifiedKey;
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
+use crate::secret::JobSecret;
+
+/// What an authority's key that is derived from a secret is for. Part of the protocol.
+const AUTHORITY_KEY: &str = "authority key";
 
 /// The DNS zone and SPIFFE trust domain of all jobs. `.internal` is reserved for private use (ICANN, 2024).
 const ZONE: &str = "paceline.internal";
@@ -102,8 +106,25 @@ impl JobAuthority {
     /// # Errors
     /// [`Error::Identity`] when the name is not 1 to 63 of `a-z`, `0-9` and `-`, without a `-` at either end.
     pub fn new(job: &str) -> Result<Self, Error> {
+        Self::with_key(job, KeyPair::generate().map_err(unusable)?)
+    }
+
+    /// The authority that every holder of `secret` can make for itself, with an Ed25519 key derived from it: all of
+    /// them trust the members of each other. Whoever knows the secret can be any member.
+    ///
+    /// # Errors
+    /// As [`new`](JobAuthority::new).
+    pub fn of_secret(job: &str, secret: &JobSecret) -> Result<Self, Error> {
+        let seed = secret.derive(AUTHORITY_KEY);
+        let pair = Ed25519KeyPair::from_seed_unchecked(&*seed).map_err(unusable)?;
+        let document = pair.to_pkcs8v1().map_err(unusable)?;
+        let key = PrivatePkcs8KeyDer::from(document.as_ref());
+        let key = KeyPair::from_pkcs8_der_and_sign_algo(&key, &rcgen::PKCS_ED25519).map_err(unusable)?;
+        Self::with_key(job, key)
+    }
+
+    fn with_key(job: &str, key: KeyPair) -> Result<Self, Error> {
         check_name("job", job)?;
-        let key = KeyPair::generate().map_err(unusable)?;
         let mut params = validity(SystemTime::now(), AUTHORITY_LIFE);
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
@@ -465,6 +486,8 @@ fn unusable(reason: impl ToString) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const HOUR: Duration = Duration::from_secs(3600);
@@ -592,6 +615,43 @@ mod tests {
         let before_1970 = SystemTime::UNIX_EPOCH - HOUR;
         for (now, valid_for) in [(before_1970, Duration::ZERO), (SystemTime::now(), Duration::MAX)] {
             authority.issue_at("m", now, valid_for).expect("issued");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_name_in_a_certificate_is_a_members_or_none(text in ".{0,60}", job in "[a-z-]{0,9}", member in ".{0,9}") {
+            prop_assert_eq!(parse_spiffe_id(&text), None);
+            if let Some(name) = parse_spiffe_id(&spiffe_id(&job, &member)) {
+                prop_assert_eq!((name.job, name.member), (job, member));
+            }
+        }
+
+        #[test]
+        fn any_request_is_certified_or_refused(member in ".{0,70}", key: Vec<u8>, signature: Vec<u8>) {
+            let authority = JobAuthority::new("job").expect("a valid job name");
+            let request = CertificateRequest { member, public_key: key, signature };
+            let certified = authority.certify(&request, SystemTime::now(), HOUR);
+            prop_assert!(certified.is_err(), "nobody guesses a signature");
+        }
+
+        #[test]
+        fn a_damaged_certificate_is_read_or_refused(at: prop::sample::Index, value: u8) {
+            let mut bytes = leaf(&identity("job", "worker-0")).to_vec();
+            let at = at.index(bytes.len());
+            bytes[at] = value;
+            // Of whatever it names: its signature is checked elsewhere, and does not fit any more.
+            let _ = MemberName::of(&CertificateDer::from(bytes));
+        }
+
+        #[test]
+        fn arbitrary_bytes_are_no_certificate(bytes: Vec<u8>) {
+            prop_assert!(MemberName::of(&CertificateDer::from(bytes)).is_err());
+        }
+
+        #[test]
+        fn arbitrary_text_is_no_identity(text in ".{0,200}") {
+            prop_assert!(Identity::from_pem(&text).is_err());
         }
     }
 }

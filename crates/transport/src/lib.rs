@@ -14,6 +14,7 @@
 //! | [`tls`] | ranks as processes, over TCP with mutual TLS |
 //! | [`fabric`] | which of both the ranks of several hosts use |
 //! | [`shm`] | ranks of one host, through memory that they share |
+//! | [`pair`] | a link between two members, made whenever they want one; no epoch, no ranks |
 //! | [`boot`] | how the nodes of a job that share a secret get their certificates |
 //! | [`secret`] | that secret, and the keys derived from it |
 //! | [`identity`] | the job's certificate authority and its members' identities |
@@ -21,6 +22,7 @@
 //! | [`wire`] | control messages: the only file that knows bincode |
 
 pub mod boot;
+mod bpf;
 mod close;
 mod control_lane;
 mod credentials;
@@ -32,11 +34,15 @@ pub mod identity;
 mod io;
 pub mod mem;
 mod mesh;
+mod newcomers;
+pub mod pair;
 pub mod park;
 pub mod quic;
+mod random;
 pub mod secret;
 pub mod shm;
 pub mod tls;
+mod warnings;
 pub mod wire;
 
 use std::fmt;
@@ -134,6 +140,13 @@ pub trait Transport: Send + fmt::Debug {
     /// (acknowledgements, bytes that the network has not taken yet) must go on without the caller. A hint,
     /// which costs little where another operation follows at once; without it peers are served some ms late.
     fn pause(&mut self) {}
+
+    /// Does once what [`wait`](Transport::wait) does before it parks, for a caller that never parks here. `false`
+    /// while bytes that [`try_send`](Transport::try_send) has taken are still on this side and need more such calls
+    /// to go on without delay.
+    fn drive(&mut self) -> bool {
+        true
+    }
 
     /// What was waited for has come, other than through this transport's byte streams.
     fn wait_is_over(&mut self) {}

@@ -168,11 +168,12 @@ struct Gates<E: LinkEndpoint> {
     opened: Notify,
 }
 
-/// A group's place behind the door, until it is dropped.
+/// What keeps an endpoint open for a set of links: a group's place behind the door, until it is dropped, or the
+/// endpoint alone for [links of a pair](crate::pair).
 #[derive(Debug)]
 pub(crate) struct Gate<E: LinkEndpoint> {
-    door: Arc<Door<E>>,
-    group: u64,
+    endpoint: E,
+    place: Option<(Arc<Door<E>>, u64)>,
 }
 
 /// Asks for a link.
@@ -249,7 +250,7 @@ impl Roster {
 }
 
 impl<C: LinkConnection> CloseOnDrop<C> {
-    fn new(connection: C) -> Self {
+    pub(crate) fn new(connection: C) -> Self {
         Self { connection, code: CloseCode::Aborted }
     }
 
@@ -270,6 +271,29 @@ impl<C: LinkConnection> CloseOnDrop<C> {
         };
         self.connection.close_with(self.code, reason);
     }
+}
+
+/// Has the links to peers that have `confirmed` a goodbye closed as left in order.
+///
+/// # Errors
+/// [`Error::TimedOut`] naming the others, who were asked at `started`.
+pub(crate) fn close_as_left<'a, C: LinkConnection>(
+    links: impl Iterator<Item = (usize, &'a mut CloseOnDrop<C>)>,
+    confirmed: &[usize],
+    started: Instant,
+) -> Result<(), Error> {
+    let mut missing = Vec::new();
+    for (peer, connection) in links {
+        match confirmed.contains(&peer) {
+            true => connection.close_as(CloseCode::Left),
+            false => missing.push(format!("rank {peer}")),
+        }
+    }
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let what = format!("{} to confirm what was sent before leaving", missing.join(", "));
+    Err(Error::TimedOut { what, elapsed: started.elapsed() })
 }
 
 impl<C: LinkConnection> Drop for CloseOnDrop<C> {
@@ -302,20 +326,33 @@ impl<E: LinkEndpoint> Door<E> {
         by_group.insert(group, gatekeeper.clone());
         drop(by_group);
         self.gates.opened.notify_waiters();
-        Ok(Gate { door: self.clone(), group })
+        Ok(Gate { endpoint: self.endpoint.clone(), place: Some((self.clone(), group)) })
     }
 }
 
 impl<E: LinkEndpoint> Gate<E> {
-    /// The endpoint whose door it is behind.
+    /// Links without a group.
+    pub(crate) fn of_a_pair(endpoint: E) -> Self {
+        Self { endpoint, place: None }
+    }
+
+    /// The endpoint that the links are made with.
     pub(crate) fn endpoint(&self) -> &E {
-        &self.door.endpoint
+        &self.endpoint
+    }
+
+    /// The door behind which groups can be split from this one.
+    fn door(&self) -> Result<Arc<Door<E>>, Error> {
+        let pair = || Error::Usage { reason: "a link between two members has no groups".to_owned() };
+        self.place.as_ref().map(|(door, _)| door.clone()).ok_or_else(pair)
     }
 }
 
 impl<E: LinkEndpoint> Drop for Gate<E> {
     fn drop(&mut self) {
-        self.door.gates.by_group().remove(&self.group);
+        if let Some((door, group)) = &self.place {
+            door.gates.by_group().remove(group);
+        }
     }
 }
 
@@ -358,27 +395,36 @@ pub(crate) fn connect<E: LinkEndpoint>(
     })?
 }
 
-/// Begins to form links among `members` of the group whose place behind the door is `gate`; `over` makes a
+/// Begins to form links among `members` of a group, once for each of its places behind doors; `over` makes a
 /// transport of them. `waker` is woken when they are there.
 pub(crate) fn split<E: LinkEndpoint>(
-    gate: &Gate<E>,
-    roster: &Roster,
+    places: &[(&Gate<E>, &Roster)],
     (members, id): (&[usize], u64),
     deadline: Instant,
     waker: Waker,
-    over: impl FnOnce(Mesh<E>) -> Result<Box<dyn Transport>, Error> + Send + 'static,
+    over: impl FnOnce(Vec<Mesh<E>>) -> Result<Box<dyn Transport>, Error> + Send + 'static,
 ) -> Result<Forming, Error> {
-    let rank = place(members, roster.rank, roster.members.len())?;
+    let (first_gate, first_roster) = places[0];
+    let rank = place(members, first_roster.rank, first_roster.members.len())?;
     if id == WORLD {
         return Err(Error::Usage { reason: "this id is that of all ranks".to_owned() });
     }
-    let members = members.iter().map(|&member| roster.members[member].clone()).collect();
-    let roster = Roster { rank, members, ..roster.clone() };
+    let of_group = |&(gate, roster): &(&Gate<E>, &Roster)| {
+        let members = members.iter().map(|&member| roster.members[member].clone()).collect();
+        Ok((gate.door()?, Roster { rank, members, ..roster.clone() }))
+    };
+    let groups: Vec<_> = places.iter().map(of_group).collect::<Result<_, Error>>()?;
     let (mut former, forming) = Forming::new();
-    let door = gate.door.clone();
-    gate.door.endpoint.io().spawn(async move {
+    first_gate.endpoint.io().spawn(async move {
+        let form_all = async {
+            let mut meshes = Vec::new();
+            for (door, roster) in groups {
+                meshes.push(form(door, roster, id, deadline).await?);
+            }
+            Ok(meshes)
+        };
         let formed = tokio::select! {
-            formed = form(door, roster, id, deadline) => formed,
+            formed = form_all => formed,
             () = former.given_up() => return,
         };
         former.finish(formed.and_then(over));
@@ -627,7 +673,10 @@ fn judge(roster: &Roster, member: &str, hello: &LinkHello) -> Result<(), Refusal
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::wire;
 
     fn roster() -> Roster {
         let member = |name: &str| Member { name: name.to_owned(), addr: ([127, 0, 0, 1], 1).into() };
@@ -674,5 +723,22 @@ mod tests {
             "links of epoch 7 to rank 0 (a at 127.0.0.1:1: its certificate is not of this job), \
              rank 2 (c at 127.0.0.1:1: has not dialled us)"
         );
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_ask_for_a_link_that_is_judged_or_are_an_error(
+            bytes: Vec<u8>, member in "[a-d]", from in 0..5_usize, to in 0..5_usize, epoch in 6..9_u64,
+        ) {
+            let roster = roster();
+            let _ = wire::decode::<LinkWelcome>(&bytes);
+            if let Ok(hello) = wire::decode::<LinkHello>(&bytes) {
+                let _ = judge_epoch("job", 7, &hello);
+                prop_assert!(judge(&roster, "d", &hello).is_err(), "d is no member");
+            }
+            let hello = LinkHello { from, to, epoch, ..hello() };
+            let granted = judge_epoch("job", 7, &hello).and_then(|()| judge(&roster, &member, &hello)).is_ok();
+            prop_assert_eq!(granted, member == "c" && from == 2 && to == 1 && epoch == 7);
+        }
     }
 }

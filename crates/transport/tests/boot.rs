@@ -4,8 +4,8 @@ mod common;
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
 use common::*;
@@ -128,27 +128,6 @@ fn the_registrars_verdict_reaches_the_node() {
     let job = Job::start("verdict-2", Verdict::NotNow("later".to_owned()));
     let later = job.ask(job.addr(), SECRET, &["launcher-1"]).expect_err("not now");
     assert_eq!(later, Failure::NotNow("later".to_owned()));
-}
-
-/// Passes bytes between whoever dials it and `server`, and keeps what the dialling side has sent.
-fn relay(server: SocketAddr) -> (SocketAddr, Arc<Mutex<Vec<u8>>>) {
-    let listener = TcpListener::bind(loopback()).expect("a free port");
-    let (addr, sent) = (listener.local_addr().expect("bound"), Arc::new(Mutex::new(Vec::new())));
-    let kept = sent.clone();
-    std::thread::spawn(move || {
-        let (client, _) = listener.accept().expect("somebody dials");
-        let upstream = TcpStream::connect(server).expect("the server listens");
-        let (mut from, mut to) = (upstream.try_clone().expect("a copy"), client.try_clone().expect("a copy"));
-        std::thread::spawn(move || std::io::copy(&mut from, &mut to));
-        let (mut from, mut to, mut buffer) = (client, upstream, [0; 4096]);
-        while let Ok(count @ 1..) = from.read(&mut buffer) {
-            kept.lock().expect("no panic").extend_from_slice(&buffer[..count]);
-            if to.write_all(&buffer[..count]).is_err() {
-                return;
-            }
-        }
-    });
-    (addr, sent)
 }
 
 #[test]

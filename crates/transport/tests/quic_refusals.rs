@@ -4,6 +4,8 @@ mod common;
 
 use std::io::IoSlice;
 use std::net::{SocketAddr, UdpSocket};
+use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use common::*;
@@ -269,6 +271,131 @@ fn half_open_handshakes_hold_up_nobody() {
     let remote = attacker.local_addr().expect("bound").to_string();
     let line = log().line_with(&["WARN", "refused a connection", &remote]);
     assert!(line.contains("not finished within 5 s"), "{line}");
+}
+
+#[test]
+fn a_crowd_that_is_refused_is_counted_and_not_logged_one_by_one() {
+    let server = Server::start("crowd");
+    let started = Instant::now();
+    let trusts = server.endpoint.identity();
+    let clients: Vec<String> = (0..150)
+        .map(|_| server.raw_dial(&Disguise { shows: None, trusts, alpn: ALPN }).0.to_string())
+        .collect();
+    let seconds = started.elapsed().as_secs() as usize + 1;
+    let said =
+        clients.iter().filter(|client| log().lines_with(&["refused a connection", client]) > 0).count();
+    assert!((1..=20 * (seconds + 1)).contains(&said), "{said} of 150 in {seconds} s");
+    server.still_works();
+}
+
+/// Passes datagrams between a client and `server`, and keeps what the client has sent.
+fn relay_datagrams(server: SocketAddr) -> (SocketAddr, Arc<Mutex<Vec<Vec<u8>>>>) {
+    let inside = UdpSocket::bind(loopback()).expect("a free port");
+    let outside = UdpSocket::bind(loopback()).expect("a free port");
+    let (addr, sent) = (inside.local_addr().expect("bound"), Arc::new(Mutex::new(Vec::new())));
+    outside.connect(server).expect("an address");
+    let kept = sent.clone();
+    thread::spawn(move || {
+        let (mut buffer, mut back) = ([0; 65536], None);
+        while let Ok((count, client)) = inside.recv_from(&mut buffer) {
+            kept.lock().expect("no panic").push(buffer[..count].to_vec());
+            let (from, to) = (outside.try_clone().expect("a copy"), inside.try_clone().expect("a copy"));
+            back.get_or_insert_with(|| {
+                thread::spawn(move || {
+                    let mut buffer = [0; 65536];
+                    while let Ok(count) = from.recv(&mut buffer) {
+                        let _ = to.send_to(&buffer[..count], client);
+                    }
+                })
+            });
+            let _ = outside.send(&buffer[..count]);
+        }
+    });
+    (addr, sent)
+}
+
+#[test]
+fn a_recorded_handshake_is_worth_nothing_when_it_is_replayed() {
+    let server = Server::start("replay");
+    let (addr, sent) = relay_datagrams(server.addr());
+    let client = bind(&server.io, &identity(&server.authority, "client"));
+    let dial = async move { client.connect(addr, "server").await };
+    let dialled = server.io.handle().block_on(dial).expect("io runs").expect("who listens changes nothing");
+    let accepted = server.accept();
+    assert_eq!(accepted.member(), "client");
+    let recorded = sent.lock().expect("no panic").clone();
+    assert!(recorded.len() > 2, "{} datagrams", recorded.len());
+    // To the endpoint that has had them, and to one of the same member that has not.
+    let second = bind(&server.io, server.endpoint.identity());
+    let replay = UdpSocket::bind(loopback()).expect("a free port");
+    for target in [server.addr(), second.local_addr()] {
+        for datagram in &recorded {
+            replay.send_to(datagram, target).expect("sent");
+        }
+    }
+    let local = replay.local_addr().expect("bound").to_string();
+    log().line_with(&["WARN", "refused a connection", &local, "not finished within 5 s"]);
+    // Whom it accepts next is no second client.
+    server.still_works();
+    let member = bind(&server.io, &identity(&server.authority, "member"));
+    let (to, dialling) = (second.local_addr(), member.clone());
+    let dial = async move { dialling.connect(to, "server").await };
+    server.io.handle().block_on(dial).expect("io runs").expect("a member gets in");
+    let next = async move { second.accept().await };
+    let next = server.io.handle().block_on(next).expect("io runs").expect("the endpoint is open");
+    assert_eq!(next.member(), "member");
+    // And the recorded connection goes on.
+    let talk = async move {
+        let (mut to, _back) = dialled.open_messages().await?;
+        to.send(&7_u64).await?;
+        let (_, mut from) = accepted.accept_messages().await?;
+        from.recv::<u64>().await
+    };
+    assert_eq!(server.io.handle().block_on(talk), Ok(Ok(Some(7))));
+}
+
+#[test]
+fn who_offers_another_version_of_quic_hears_a_first_message_and_no_more() {
+    let server = Server::start("version");
+    let impostor = UdpSocket::bind(loopback()).expect("a free port");
+    let addr = impostor.local_addr().expect("bound");
+    impostor.set_read_timeout(Some(SOON)).expect("a valid time");
+    let client = bind(&server.io, &identity(&server.authority, "client"));
+    let dial = async move { client.connect(addr, "server").await };
+    let dial = server.io.handle().spawn(dial);
+    let mut heard = Vec::new();
+    let mut buffer = [0; 2048];
+    while let Ok((count, remote)) = impostor.recv_from(&mut buffer) {
+        heard.push(buffer[0]);
+        // Version negotiation (RFC 9000, 17.2.1): no version, both names the other way round, and what it offers.
+        let (theirs, rest) = buffer[6..count].split_at(buffer[5].into());
+        let ours = &rest[1..1 + usize::from(rest[0])];
+        let sizes = [[ours.len() as u8], [theirs.len() as u8]];
+        let offer = [&[0xc0, 0, 0, 0, 0][..], &sizes[0], ours, &sizes[1], theirs, &[0xff, 0, 0, 29]].concat();
+        impostor.send_to(&offer, remote).expect("sent");
+        if dial.is_finished() {
+            break;
+        }
+    }
+    let refused = server.io.handle().block_on(dial).expect("io runs").expect("no panic");
+    let reason = refusal(refused);
+    assert!(reason.contains("version"), "{reason}");
+    // Long headers of the type Initial, the lowest four bits of which are masked.
+    assert!(heard.iter().all(|first| first & 0xf0 == 0xc0), "{heard:x?}");
+}
+
+#[test]
+fn damaged_first_datagrams_are_refused_and_a_member_gets_in() {
+    let server = Server::start("damaged");
+    let datagrams = first_datagrams(&server.io, server.endpoint.identity(), 50);
+    let attacker = UdpSocket::bind(loopback()).expect("a free port");
+    for (number, mut datagram) in datagrams.iter().cycle().take(2000).cloned().enumerate() {
+        // In the header mostly: what is behind it is authentic or nothing.
+        let at = if number % 4 == 0 { number * 31 % datagram.len() } else { number % 64 };
+        datagram[at] ^= (number % 255) as u8 + 1;
+        attacker.send_to(&datagram, server.addr()).expect("sent");
+    }
+    server.still_works();
 }
 
 #[test]

@@ -303,6 +303,86 @@ fn a_hello_that_does_not_fit_is_refused_with_the_reason() {
 }
 
 #[test]
+fn a_recorded_handshake_is_worth_nothing_when_it_is_replayed() {
+    let server = Server::start("replay");
+    let (addr, sent) = relay(server.addr());
+    let client = bind_tls(&server.io, &identity(&server.authority, "client"));
+    let dial = async move { client.connect(addr, "server").await };
+    let dialled = server.io.handle().block_on(dial).expect("io runs").expect("who listens changes nothing");
+    assert_eq!(server.accept().member(), "client");
+    let recorded = sent.lock().expect("no panic").clone();
+    assert!(recorded.len() > 500, "{} bytes: a hello, a certificate, a message", recorded.len());
+    let mut replay = TcpStream::connect(server.addr()).expect("it listens");
+    replay.set_read_timeout(Some(PATIENCE)).expect("a valid time");
+    let local = replay.local_addr().expect("connected").to_string();
+    // Refused in the middle.
+    let _ = replay.write_all(&recorded);
+    let _ = read_to_end(&mut replay);
+    refused_line(&local);
+    // Whom it accepts next is no second client.
+    server.still_works();
+    drop(dialled);
+}
+
+#[test]
+fn a_client_that_offers_no_more_than_tls_1_2_is_refused() {
+    let server = Server::start("old-client");
+    let member = identity(&server.authority, "client");
+    let disguise = Disguise { shows: Some(&member), trusts: &member, alpn: ALPN };
+    let config = tls_config_of(&disguise, &rustls::version::TLS12);
+    let name = member.server_name("server").try_into().expect("a name");
+    let tls = rustls::ClientConnection::new(Arc::new(config), name).expect("valid settings");
+    let socket = TcpStream::connect(server.addr()).expect("it listens");
+    socket.set_read_timeout(Some(PATIENCE)).expect("a valid time");
+    let local = socket.local_addr().expect("connected").to_string();
+    let mut raw = rustls::StreamOwned::new(tls, socket);
+    let error = raw.write_all(b"hello").expect_err("an alert").to_string();
+    assert!(error.contains("ProtocolVersion"), "{error}");
+    let line = refused_line(&local);
+    assert!(line.contains("it does not speak TLS 1.3"), "{line}");
+    server.still_works();
+}
+
+/// A server that says `answer` to whoever dials it, and hears what it is told until the end.
+fn answers_all_with(answer: &'static [u8]) -> (SocketAddr, thread::JoinHandle<Vec<u8>>) {
+    let listener = TcpListener::bind(loopback()).expect("a free port");
+    let addr = listener.local_addr().expect("bound");
+    let server = thread::spawn(move || {
+        let (mut client, _) = listener.accept().expect("it dials");
+        client.set_read_timeout(Some(PATIENCE)).expect("a valid time");
+        client.write_all(answer).expect("written");
+        let mut heard = Vec::new();
+        let _ = client.read_to_end(&mut heard);
+        heard
+    });
+    (addr, server)
+}
+
+#[test]
+fn a_server_that_answers_in_plain_bytes_or_an_old_version_hears_a_first_message_and_no_more() {
+    let server = Server::start("downgrade");
+    let plain = framed(&1_u16).leak();
+    // A ServerHello of TLS 1.2: its version, a random number, no session, a suite, no compression.
+    let old = [&[22, 3, 3, 0, 42, 2, 0, 0, 38, 3, 3][..], &[7; 32], &[0, 0xc0, 0x2b, 0]].concat().leak();
+    for (answer, says) in [(&*plain, "does not speak TLS"), (old, "does not speak TLS 1.3")] {
+        let (addr, answers) = answers_all_with(answer);
+        let client = bind_tls(&server.io, &identity(&server.authority, "client"));
+        let dial = async move { client.connect(addr, "server").await };
+        let reason = refusal(server.io.handle().block_on(dial).expect("io runs"));
+        assert!(reason.contains(says), "{reason}");
+        let heard = answers.join().expect("no panic");
+        let mut rest = heard.as_slice();
+        let mut kinds = Vec::new();
+        while let Some((&[kind, _, _, high, low], after)) = rest.split_first_chunk::<5>() {
+            kinds.push(kind);
+            rest = &after[usize::from(high) << 8 | usize::from(low)..];
+        }
+        // The first message of a handshake (22), and maybe an alert (21); nothing for anybody to read.
+        assert!(matches!(kinds[..], [22] | [22, 21]) && rest.is_empty(), "{kinds:?}, {rest:?}");
+    }
+}
+
+#[test]
 fn bytes_that_are_not_tls_are_refused_and_logged() {
     let server = Server::start("garbage");
     for garbage in [&b"GET / HTTP/1.1\r\n\r\n"[..], &pattern(5, 1 << 20)] {

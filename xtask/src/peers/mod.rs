@@ -9,11 +9,12 @@
 //! [`library`], with reasons.
 
 mod between;
+mod faults;
 mod library;
-mod machine;
+pub mod machine;
 mod measurement;
 mod streams;
-mod summary;
+pub mod summary;
 mod workload;
 
 use crate::process::{self, Watch, cargo};
@@ -46,10 +47,13 @@ pub struct Options {
     /// Between two hosts (network namespaces, which takes root) instead of on this one: Gloo and OpenMPI over TCP
     #[arg(long)]
     between_hosts: bool,
+    /// What lost ranks cost, with Paceline and torchrun; the result is for docs/fault-tolerance.md
+    #[arg(long, conflicts_with = "between_hosts")]
+    faults: bool,
     /// Go on without a peer that cannot be installed
     #[arg(long)]
     skip_missing: bool,
-    /// Put the result into docs/benchmarks.md
+    /// Put the result into docs/benchmarks.md, or where it belongs
     #[arg(long)]
     write: bool,
 }
@@ -63,6 +67,7 @@ impl Options {
     fn command(&self) -> String {
         let flags = [
             (self.between_hosts, "--between-hosts"),
+            (self.faults, "--faults"),
             (self.quick, "--quick"),
             (self.skip_missing, "--skip-missing"),
             (self.write, "--write"),
@@ -89,6 +94,13 @@ pub fn run(options: &Options) -> Result<()> {
 }
 
 fn steps(options: &Options, report: &mut Report, result: &mut Option<String>) -> Result<()> {
+    if options.faults {
+        faults::measure(options, report, result)?;
+        return match result {
+            Some(text) if options.write => write_to(faults::DOCUMENT, &faults::SECTION, text),
+            _ => Ok(()),
+        };
+    }
     report.step("peers: build Paceline", Budget::minutes(6.0), |limit| {
         process::run(cargo(&["build", "--release", "--locked", "--package", "paceline"]), limit)
     })?;
@@ -249,11 +261,15 @@ fn output_of(command: std::process::Command, limit: Duration) -> Result<(std::pr
 }
 
 fn write(markers: &summary::Markers, section: &str) -> Result<()> {
-    let path = workspace::root().join(DOCUMENT);
-    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {DOCUMENT}"))?;
+    write_to(DOCUMENT, markers, section)
+}
+
+fn write_to(document: &str, markers: &summary::Markers, section: &str) -> Result<()> {
+    let path = workspace::root().join(document);
+    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {document}"))?;
     let text = summary::with_section(&text, markers, section)
-        .with_context(|| format!("{DOCUMENT} has no `{}` and `{}`", markers.begin, markers.end))?;
-    fs::write(&path, text).with_context(|| format!("cannot write {DOCUMENT}"))?;
-    eprintln!("The result is in {DOCUMENT}");
+        .with_context(|| format!("{document} has no `{}` and `{}`", markers.begin, markers.end))?;
+    fs::write(&path, text).with_context(|| format!("cannot write {document}"))?;
+    eprintln!("The result is in {document}");
     Ok(())
 }

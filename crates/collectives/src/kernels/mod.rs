@@ -325,6 +325,22 @@ impl Reducer {
         }
     }
 
+    /// `carry = carry op received` of `count` elements, both in the accumulator type.
+    ///
+    /// # Panics
+    /// If either has fewer.
+    pub(crate) fn merge_partials(&self, received: &[u64], carry: &mut [u64], count: usize) {
+        let bytes = count * self.dtype.accumulator().size();
+        assert!(
+            bytes <= size_of_val(received) && bytes <= size_of_val(carry),
+            "partial results have room for every element"
+        );
+        let (received, carry) = (received.as_ptr().cast(), carry.as_mut_ptr().cast::<u8>());
+        // SAFETY: lengths are checked, words are aligned for every accumulator; the borrows keep the buffers
+        // apart and everybody else out. The level has been detected: `Level`.
+        unsafe { (self.kernels.merge)(&[carry, received], &[carry], count, Stores::Cached, self.world_size) };
+    }
+
     /// `out = narrow(carry)`, divided by the world size under [`ReduceOp::Avg`].
     pub(crate) fn finish_partial(&self, carry: &[u64], out: &mut [u8]) {
         let count = self.check_partial(out, carry);

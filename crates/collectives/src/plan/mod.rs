@@ -14,7 +14,8 @@
 //! | direct all_reduce: every chunk goes to its owner, who reduces and sends it to all | segments + 1 | 2(n-1)/n S | tree over ranks |
 //! | one-shot all_reduce: everything to everybody, and everybody reduces | segments | (n-1) S | tree over ranks |
 //! | ring all_reduce (Patarasuk & Yuan, JPDC 69(2), 2009) | (2n-1) per segment | 2(n-1)/n S | around the ring |
-//! | direct, ring reduce_scatter; direct, ring all_gather | the halves of the above | (n-1)/n S | as above |
+//! | halving all_reduce (Rabenseifner, ICCS 2004), n a power of two | 2 log2 n + 1 per segment | 2(n-1)/n S | by halves of the world |
+//! | direct, ring, halving reduce_scatter; direct, ring all_gather | the halves of the above | (n-1)/n S | as above |
 //! | direct reduce: as all_reduce, but results go to the root only | segments + 1 | root: (n-1)/n S, others: S | tree over ranks |
 //! | chain reduce, pipelined | segments + 1 | S | along the chain |
 //! | direct broadcast | segments | root: (n-1) S | |
@@ -24,6 +25,7 @@
 //! | barrier by dissemination (Hensgen, Finkel & Manber 1988) | log2 n | 0 | |
 
 mod direct;
+mod halving;
 #[cfg(test)]
 mod replay;
 mod ring;
@@ -67,6 +69,16 @@ pub enum Place {
     Partial,
     /// The reduction of one segment, in the dtype, on a rank that only passes it on.
     Reduced,
+    /// A partial sum of one segment of a rank's chunk, in the accumulator type: one for each rank.
+    Sum {
+        /// Whose chunk.
+        chunk: usize,
+    },
+    /// Beside it, what is to be added.
+    ReceivedSum {
+        /// Whose chunk.
+        chunk: usize,
+    },
 }
 
 /// One message of a round.
@@ -76,8 +88,8 @@ pub struct Transfer {
     pub peer: usize,
     /// Which buffer of this rank.
     pub place: Place,
-    /// Which elements of it. For [`Place::Staged`], [`Place::Partial`] and [`Place::Reduced`] only the
-    /// length counts.
+    /// Which elements of it. For [`Place::Input`] and [`Place::Output`] only; of all others
+    /// the length counts.
     pub span: Span,
 }
 
@@ -115,6 +127,27 @@ pub enum Local {
     },
     /// `output[output] = partial`, rounded to the dtype
     FinishPartial {
+        /// Elements of the output.
+        output: Span,
+    },
+    /// `sums[chunk] = input[input]`, widened
+    StartSum {
+        /// Whose chunk.
+        chunk: usize,
+        /// This rank's own contribution.
+        input: Span,
+    },
+    /// `sums[chunk] = sums[chunk] op received sums[chunk]`
+    AddToSum {
+        /// Whose chunk.
+        chunk: usize,
+        /// The number of elements.
+        len: usize,
+    },
+    /// `output[output] = sums[chunk]`, rounded to the dtype
+    FinishSum {
+        /// Whose chunk.
+        chunk: usize,
         /// Elements of the output.
         output: Span,
     },
@@ -161,6 +194,8 @@ pub enum Schedule {
     AllReduceOneShot,
     /// The same around a ring.
     AllReduceRing,
+    /// The same by recursive halving and doubling.
+    AllReduceHalving,
     /// len elements in on every rank, len out on the root; rank i reduces chunk i for it.
     ReduceDirect {
         /// The rank that gets the reduction.
@@ -175,6 +210,8 @@ pub enum Schedule {
     ReduceScatterDirect,
     /// The same around a ring.
     ReduceScatterRing,
+    /// The same by recursive halving.
+    ReduceScatterHalving,
     /// The own share in, the shares of all ranks out.
     AllGatherDirect,
     /// The same around a ring.
@@ -250,6 +287,7 @@ impl Plan {
             | Schedule::AllGatherRing
             | Schedule::ReduceScatterDirect
             | Schedule::ReduceScatterRing
+            | Schedule::ReduceScatterHalving
             | Schedule::Gather { .. }
             | Schedule::Scatter { .. } => shares.are_by_rank(world_size),
             Schedule::AllToAll => shares.are_by_pair(world_size),
@@ -289,6 +327,10 @@ impl Plan {
             Schedule::ReduceScatterRing | Schedule::AllGatherRing => {
                 self.segments(self.shares.longest()) * self.world_size
             }
+            Schedule::AllReduceHalving => self.segments(self.chunk(0).len) * halving::all_reduce_rounds(self),
+            Schedule::ReduceScatterHalving => {
+                self.segments(self.shares.longest()) * halving::reduce_scatter_rounds(self)
+            }
             Schedule::ReduceChain { .. }
             | Schedule::BroadcastTree { .. }
             | Schedule::BroadcastChain { .. } => ring::chain_rounds(self),
@@ -308,6 +350,8 @@ impl Plan {
             Schedule::AllReduceRing => ring::all_reduce(self, index, round),
             Schedule::ReduceChain { root } => ring::reduce(self, root, index, round),
             Schedule::ReduceScatterRing => ring::reduce_scatter(self, index, round),
+            Schedule::AllReduceHalving => halving::all_reduce(self, index, round),
+            Schedule::ReduceScatterHalving => halving::reduce_scatter(self, index, round),
             Schedule::AllGatherDirect
             | Schedule::BroadcastDirect { .. }
             | Schedule::Gather { .. }
@@ -345,7 +389,7 @@ impl Plan {
             Schedule::AllGatherDirect | Schedule::AllGatherRing | Schedule::Gather { .. } => {
                 self.shares.of_rank(rank).len
             }
-            Schedule::ReduceScatterDirect | Schedule::ReduceScatterRing => {
+            Schedule::ReduceScatterDirect | Schedule::ReduceScatterRing | Schedule::ReduceScatterHalving => {
                 let last = self.shares.of_rank(self.world_size - 1);
                 last.start + last.len
             }
@@ -372,6 +416,7 @@ impl Plan {
             Schedule::AllReduceDirect
             | Schedule::AllReduceOneShot
             | Schedule::AllReduceRing
+            | Schedule::AllReduceHalving
             | Schedule::ReduceDirect { .. }
             | Schedule::ReduceChain { .. }
             | Schedule::Barrier
@@ -418,10 +463,12 @@ impl Plan {
             Schedule::AllReduceDirect
             | Schedule::AllReduceOneShot
             | Schedule::AllReduceRing
+            | Schedule::AllReduceHalving
             | Schedule::ReduceDirect { .. }
             | Schedule::ReduceChain { .. }
             | Schedule::ReduceScatterDirect
             | Schedule::ReduceScatterRing
+            | Schedule::ReduceScatterHalving
             | Schedule::Barrier
             | Schedule::SendTo { .. }
             | Schedule::ReceiveFrom { .. } => None,
@@ -436,9 +483,12 @@ impl Plan {
             Schedule::AllReduceDirect
             | Schedule::AllReduceOneShot
             | Schedule::AllReduceRing
+            | Schedule::AllReduceHalving
             | Schedule::ReduceDirect { .. }
             | Schedule::ReduceChain { .. } => self.chunk(owner),
-            Schedule::ReduceScatterDirect | Schedule::ReduceScatterRing => self.shares.of_rank(owner),
+            Schedule::ReduceScatterDirect | Schedule::ReduceScatterRing | Schedule::ReduceScatterHalving => {
+                self.shares.of_rank(owner)
+            }
             _ => Span { start: 0, len: 0 },
         }
     }
@@ -448,9 +498,14 @@ impl Plan {
     pub(crate) fn result(&self, owner: usize, to: usize) -> Option<Span> {
         let owned = self.owned(owner);
         match self.schedule {
-            Schedule::AllReduceDirect | Schedule::AllReduceOneShot | Schedule::AllReduceRing => Some(owned),
+            Schedule::AllReduceDirect
+            | Schedule::AllReduceOneShot
+            | Schedule::AllReduceRing
+            | Schedule::AllReduceHalving => Some(owned),
             Schedule::ReduceDirect { root } | Schedule::ReduceChain { root } => (to == root).then_some(owned),
-            Schedule::ReduceScatterDirect | Schedule::ReduceScatterRing => (to == owner).then(|| owned.at(0)),
+            Schedule::ReduceScatterDirect | Schedule::ReduceScatterRing | Schedule::ReduceScatterHalving => {
+                (to == owner).then(|| owned.at(0))
+            }
             _ => None,
         }
     }

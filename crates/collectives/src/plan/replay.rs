@@ -70,6 +70,9 @@ struct Rank {
     partial: Vec<Expr>,
     received_partial: Option<Vec<Expr>>,
     reduced: Vec<Expr>,
+    /// By chunk; a sum that is sent or finished is gone.
+    sums: Vec<Option<Vec<Expr>>>,
+    received_sums: Vec<Option<Vec<Expr>>>,
 }
 
 impl Rank {
@@ -83,6 +86,8 @@ impl Rank {
             output,
             starts: (0, 0),
             staged: vec![None; plan.world_size],
+            sums: vec![None; plan.world_size],
+            received_sums: vec![None; plan.world_size],
             plan,
             partial: Vec::new(),
             received_partial: None,
@@ -130,7 +135,12 @@ impl Rank {
                 assert_eq!(self.reduced.len(), span.len, "the whole segment is sent");
                 self.reduced.clone()
             }
-            Place::Staged => panic!("nothing is sent from the staging area"),
+            Place::Sum { chunk } => {
+                let sum = self.sums[chunk].take().expect("a sum is sent once, and there is one");
+                assert_eq!(sum.len(), span.len, "the whole sum is sent");
+                sum
+            }
+            Place::Staged | Place::ReceivedSum { .. } => panic!("nothing is sent from there"),
         }
     }
 
@@ -158,6 +168,13 @@ impl Rank {
             }
             Place::Partial => {
                 assert!(self.received_partial.replace(values).is_none(), "a partial is overwritten unread");
+            }
+            Place::Sum { chunk } => {
+                assert!(self.sums[chunk].replace(values).is_none(), "a sum is overwritten");
+            }
+            Place::ReceivedSum { chunk } => {
+                let slot = &mut self.received_sums[chunk];
+                assert!(slot.replace(values).is_none(), "a received sum is overwritten unread");
             }
             Place::Input | Place::Reduced => panic!("nothing is received to there"),
         }
@@ -202,6 +219,22 @@ impl Rank {
             }
             Local::FinishPartial { output } => {
                 let values = self.partial.clone();
+                self.write(output, &values);
+            }
+            Local::StartSum { chunk, input } => {
+                self.sums[chunk] = Some(slice(&self.input, self.in_buffer(Place::Input, input)));
+            }
+            Local::AddToSum { chunk, len } => {
+                let sum = self.sums[chunk].take().expect("there is a sum");
+                let received = self.received_sums[chunk].take().expect("something has come");
+                assert_eq!([sum.len(), received.len()], [len, len], "both are the same elements");
+                let added =
+                    sum.into_iter().zip(received).map(|(left, right)| Rc::new(Value::Op(left, right)));
+                self.sums[chunk] = Some(added.collect());
+            }
+            Local::FinishSum { chunk, output } => {
+                let values = self.sums[chunk].take().expect("there is a sum");
+                assert_eq!(values.len(), output.len, "the whole sum is written");
                 self.write(output, &values);
             }
         }
@@ -249,7 +282,7 @@ fn replay(ranks: &mut [Rank]) {
                 let receive = ranks[send.peer].receives.remove(receive_at).expect("found above");
                 ranks[from].sends.remove(at);
                 assert_eq!(send.span.len, receive.span.len, "both sides agree on the length");
-                let partial = [send.place, receive.place].map(|place| place == Place::Partial);
+                let partial = [send.place, receive.place].map(is_wide);
                 assert_eq!(partial[0], partial[1], "both sides agree on the wire's type");
                 let values = ranks[from].take(send);
                 ranks[send.peer].put(receive, values);
@@ -261,6 +294,14 @@ fn replay(ranks: &mut [Rank]) {
     }
 }
 
+/// Whether elements of a place are accumulators.
+fn is_wide(place: Place) -> bool {
+    match place {
+        Place::Input | Place::Output | Place::Staged | Place::Reduced => false,
+        Place::Partial | Place::Sum { .. } | Place::ReceivedSum { .. } => true,
+    }
+}
+
 const WORLDS: std::ops::RangeInclusive<usize> = 1..=17;
 
 fn lengths(world_size: usize) -> Vec<usize> {
@@ -269,6 +310,9 @@ fn lengths(world_size: usize) -> Vec<usize> {
     lengths.dedup();
     lengths
 }
+
+const REDUCE_SCATTERS: [Schedule; 3] =
+    [Schedule::ReduceScatterDirect, Schedule::ReduceScatterRing, Schedule::ReduceScatterHalving];
 
 /// Segments that cut a chunk in uneven parts, and one that cuts nothing.
 fn segment_lengths(len: usize) -> [usize; 2] {
@@ -306,13 +350,17 @@ fn exhaustively(
     }
 }
 
-/// Direct: exactly the promised tree. Ring: every rank's element exactly once, in whatever order.
+/// Direct: exactly the promised tree. Ring, halving: every rank's element exactly once, in whatever order.
 fn assert_reduced(schedule: Schedule, world_size: usize, value: &Expr, element: usize) {
-    let ring = matches!(
+    let any_order = matches!(
         schedule,
-        Schedule::AllReduceRing | Schedule::ReduceScatterRing | Schedule::ReduceChain { .. }
+        Schedule::AllReduceRing
+            | Schedule::AllReduceHalving
+            | Schedule::ReduceScatterRing
+            | Schedule::ReduceScatterHalving
+            | Schedule::ReduceChain { .. }
     );
-    if ring {
+    if any_order {
         let mut found = Vec::new();
         leaves(value, &mut found);
         found.sort_unstable();
@@ -327,7 +375,10 @@ fn assert_reduced(schedule: Schedule, world_size: usize, value: &Expr, element: 
 fn all_reduce_combines_each_contribution_exactly_once_on_every_rank() {
     for in_place in [false, true] {
         exhaustively(
-            |_| vec![Schedule::AllReduceDirect, Schedule::AllReduceOneShot, Schedule::AllReduceRing],
+            |_| {
+                let halving = Schedule::AllReduceHalving;
+                vec![Schedule::AllReduceDirect, Schedule::AllReduceOneShot, Schedule::AllReduceRing, halving]
+            },
             |_, len| len,
             |_, len| len,
             in_place,
@@ -342,24 +393,44 @@ fn all_reduce_combines_each_contribution_exactly_once_on_every_rank() {
 }
 
 #[test]
-fn all_ranks_of_a_ring_get_the_same_order_of_summation() {
-    let ranks: Vec<Rank> = (0..5)
-        .map(|rank| {
-            let plan = Plan::new(Schedule::AllReduceRing, 5, rank, 12, 2);
-            Rank::new(plan, (0..12).map(|element| leaf(rank, element)).collect(), None)
-        })
-        .collect();
-    let mut ranks = ranks;
-    replay(&mut ranks);
-    for rank in 1..5 {
-        assert_eq!(ranks[0].input, ranks[rank].input);
+fn all_ranks_get_the_same_order_of_summation_whatever_it_is() {
+    for schedule in [Schedule::AllReduceRing, Schedule::AllReduceHalving] {
+        for world_size in WORLDS {
+            let rank = |rank| {
+                let plan = Plan::new(schedule, world_size, rank, 40, 2);
+                Rank::new(plan, leaves_of(rank, 0..40), None)
+            };
+            let mut ranks: Vec<Rank> = (0..world_size).map(rank).collect();
+            replay(&mut ranks);
+            for rank in 1..world_size {
+                assert_eq!(ranks[0].input, ranks[rank].input, "{schedule:?} of {world_size}");
+            }
+        }
+    }
+}
+
+#[test]
+fn halving_sends_no_more_than_a_ring_and_takes_logarithmically_many_rounds() {
+    for world_size in [2usize, 4, 8, 16] {
+        let (len, steps) = (world_size * 10, world_size.ilog2() as usize);
+        for rank in 0..world_size {
+            let plan = Plan::new(Schedule::AllReduceHalving, world_size, rank, len, len);
+            assert_eq!(plan.rounds(), 2 * steps + 1);
+            let mut round = Round::default();
+            let mut sent = 0;
+            for index in 0..plan.rounds() {
+                plan.round(index, &mut round);
+                sent += round.sends.iter().map(|send| send.span.len).sum::<usize>();
+            }
+            assert_eq!(sent, 2 * (world_size - 1) * 10, "2 (n-1)/n of all elements");
+        }
     }
 }
 
 #[test]
 fn reduce_scatter_gives_each_rank_its_chunk_of_each_contribution_once() {
     exhaustively(
-        |_| vec![Schedule::ReduceScatterDirect, Schedule::ReduceScatterRing],
+        |_| REDUCE_SCATTERS.to_vec(),
         |world_size, len| world_size * len,
         |_, len| len,
         false,
@@ -549,7 +620,7 @@ fn all_gather_takes_shares_of_any_length() {
 
 #[test]
 fn reduce_scatter_gives_shares_of_any_length() {
-    for schedule in [Schedule::ReduceScatterDirect, Schedule::ReduceScatterRing] {
+    for schedule in REDUCE_SCATTERS {
         for_uneven_shares(|world_size, counts, segment_len| {
             let shares = Shares::by_rank(counts).expect("they fit");
             let total: usize = counts.iter().sum();
@@ -620,7 +691,7 @@ fn all_gather_in_place_keeps_the_own_share_where_it_is() {
 
 #[test]
 fn reduce_scatter_in_place_writes_its_own_share_alone() {
-    for schedule in [Schedule::ReduceScatterDirect, Schedule::ReduceScatterRing] {
+    for schedule in REDUCE_SCATTERS {
         for world_size in WORLDS {
             for len in lengths(world_size) {
                 for segment_len in segment_lengths(len) {

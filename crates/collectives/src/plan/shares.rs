@@ -16,6 +16,8 @@ enum Lens {
         /// Where the share of each rank starts, and the total.
         starts: Arc<[usize]>,
     },
+    /// Where the share of each rank is, in the buffer that has all of them.
+    Placed(Arc<[Span]>),
     ByPair {
         /// For each sender, where its part for each receiver starts in its input, and the input's length.
         in_input: Arc<[usize]>,
@@ -35,6 +37,12 @@ impl Shares {
     /// `counts[i]` elements are the share of rank i; `None` when that is more in all than memory holds.
     pub fn by_rank(counts: &[usize]) -> Option<Self> {
         Some(Self(Lens::ByRank { starts: starts(counts.iter().copied())?.into() }))
+    }
+
+    /// Shares of ranks that do not follow each other, in order: that of rank i is at `spans[i]` in the output of
+    /// an all_gather or the input of a reduce_scatter.
+    pub(crate) fn placed(spans: &[Span]) -> Self {
+        Self(Lens::Placed(spans.into()))
     }
 
     /// `counts[from * world_size + to]` elements go from one rank to another; `None` when that is more on
@@ -58,6 +66,7 @@ impl Shares {
         match &self.0 {
             Lens::Even(_) => true,
             Lens::ByRank { starts } => starts.len() == world_size + 1,
+            Lens::Placed(spans) => spans.len() == world_size,
             Lens::ByPair { .. } => false,
         }
     }
@@ -66,7 +75,7 @@ impl Shares {
     pub(super) fn are_by_pair(&self, world_size: usize) -> bool {
         match &self.0 {
             Lens::Even(_) => true,
-            Lens::ByRank { .. } => false,
+            Lens::ByRank { .. } | Lens::Placed(_) => false,
             Lens::ByPair { in_input, .. } => in_input.len() == world_size * (world_size + 1),
         }
     }
@@ -75,7 +84,7 @@ impl Shares {
     pub(super) fn even(&self) -> Option<usize> {
         match self.0 {
             Lens::Even(len) => Some(len),
-            Lens::ByRank { .. } | Lens::ByPair { .. } => None,
+            Lens::ByRank { .. } | Lens::Placed(_) | Lens::ByPair { .. } => None,
         }
     }
 
@@ -84,6 +93,7 @@ impl Shares {
         match &self.0 {
             Lens::Even(len) => Span { start: rank * len, len: *len },
             Lens::ByRank { starts } => between(starts, rank),
+            Lens::Placed(spans) => spans[rank],
             Lens::ByPair { .. } => unreachable!("a plan checks that its shares are those of ranks"),
         }
     }
@@ -93,6 +103,7 @@ impl Shares {
         match &self.0 {
             Lens::Even(len) => *len,
             Lens::ByRank { starts } => starts.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(0),
+            Lens::Placed(spans) => spans.iter().map(|span| span.len).max().unwrap_or(0),
             Lens::ByPair { .. } => unreachable!("a plan checks that its shares are those of ranks"),
         }
     }
@@ -105,7 +116,9 @@ impl Shares {
                 between(&in_input[from * (world_size + 1)..], to),
                 between(&in_output[to * (world_size + 1)..], from),
             ),
-            Lens::ByRank { .. } => unreachable!("a plan checks that its shares are those of pairs"),
+            Lens::ByRank { .. } | Lens::Placed(_) => {
+                unreachable!("a plan checks that its shares are those of pairs")
+            }
         }
     }
 }

@@ -144,13 +144,16 @@ impl Host {
                 let half = self.enter(call);
                 self.meet(half, call)
             }
-            Schedule::AllReduceDirect | Schedule::AllReduceOneShot | Schedule::AllReduceRing => {
-                self.reduce(Wanted::ByAll, call)
-            }
+            Schedule::AllReduceDirect
+            | Schedule::AllReduceOneShot
+            | Schedule::AllReduceRing
+            | Schedule::AllReduceHalving => self.reduce(Wanted::ByAll, call),
             Schedule::ReduceDirect { root } | Schedule::ReduceChain { root } => {
                 self.reduce(Wanted::By(root), call)
             }
-            Schedule::ReduceScatterDirect | Schedule::ReduceScatterRing => self.reduce_scatter(call),
+            Schedule::ReduceScatterDirect | Schedule::ReduceScatterRing | Schedule::ReduceScatterHalving => {
+                self.reduce_scatter(call)
+            }
             Schedule::AllGatherDirect
             | Schedule::AllGatherRing
             | Schedule::BroadcastDirect { .. }

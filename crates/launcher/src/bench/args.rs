@@ -5,12 +5,14 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 use clap::{ArgAction, Args};
+use paceline_runtime::collectives::device::Wanted;
 use paceline_runtime::collectives::{DType, ReduceOp};
 use paceline_transport::Fabric;
 
 use super::collective::{Collective, Place, Shape};
 use super::reference::OPS;
-use crate::cli::{Endpoint, fabric};
+use crate::cli::fabric;
+use crate::endpoint::Endpoint;
 use crate::error::Error;
 
 /// The most ranks that are started on one machine; beyond it is a typing error.
@@ -55,6 +57,8 @@ pub struct BenchArgs {
     pub registered: bool,
     /// The kind of links between the ranks; `None` leaves it to PACELINE_FABRIC.
     pub fabric: Option<Fabric>,
+    /// Whose memory the buffers are in, and which way the collectives go.
+    pub backend: Backend,
     /// Where a plot goes.
     pub plot: Option<PathBuf>,
     /// Where the ranks meet, unless it is on this machine alone.
@@ -65,6 +69,15 @@ pub struct BenchArgs {
     warmup: Option<u32>,
     /// The arguments after `bench`, which the ranks get too.
     pub words: Vec<OsString>,
+}
+
+/// Whose memory the buffers are in, and which way the collectives go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backend {
+    /// The host's memory, through the host back end.
+    Host,
+    /// A device's: a GPU's where there is one, on which the ranks agree.
+    Device(Wanted),
 }
 
 /// The loop that is timed.
@@ -159,7 +172,9 @@ impl BenchArgs {
         let ranks = *self.ranks.end();
         let both = |row: RowShape| (row.input_len + self.output_room(&row)) as u64;
         let largest = self.rows(ranks).into_iter().map(both).max();
-        u64::from(ranks) * largest.unwrap_or(0) * self.dtype.size() as u64
+        // Where the device is the host's memory, they are there twice.
+        let copies = if self.backend == Backend::Host { 1 } else { 2 };
+        copies * u64::from(ranks) * largest.unwrap_or(0) * self.dtype.size() as u64
     }
 
     /// The operator as the tables show it.
@@ -220,6 +235,10 @@ pub struct Flags {
     /// The links between ranks that share no memory [default: PACELINE_FABRIC, else auto]
     #[arg(long, value_name = "auto|quic|tls", value_parser = fabric)]
     fabric: Option<Fabric>,
+    /// Whose memory the buffers are in and which way they go: host; or a GPU's through nccl, through the host (fallback),
+    /// through NCCL inside hosts (hierarchy), or as the ranks agree (auto). Without a GPU, fallback takes the host's memory
+    #[arg(long, value_name = "host|nccl|fallback|hierarchy|auto", default_value = "host", value_parser = backend)]
+    backend: Backend,
     /// OSU's loop and columns: each call timed by itself, with a barrier after it
     #[arg(long)]
     osu: bool,
@@ -258,6 +277,16 @@ impl Flags {
         if traits.shape == Shape::Empty && self.plot.is_some() {
             return usage(format!("a {} has no sizes to plot", traits.name));
         }
+        if self.backend != Backend::Host {
+            let refused = [
+                (traits.shape == Shape::Empty, "a barrier has no elements in a device's memory"),
+                (self.registered, "--registered is about the host's memory"),
+                (self.explain, "--explain is about the host's schedules"),
+            ];
+            if let Some((_, why)) = refused.into_iter().find(|(refused, _)| *refused) {
+                return usage(format!("{why}; leave --backend out"));
+            }
+        }
         let usual = if self.osu { OSU_LARGEST } else { LARGEST };
         let max = self.max.unwrap_or(usual.max(self.min));
         if self.min > max {
@@ -284,6 +313,7 @@ impl Flags {
             },
             registered: self.registered,
             fabric: self.fabric,
+            backend: self.backend,
             plot: self.plot,
             rendezvous: self.rdzv_endpoint,
             through: self.through,
@@ -356,6 +386,15 @@ fn dtype(text: &str) -> Result<DType, String> {
     };
     let names = DType::ALL.map(DType::name).join(", ");
     DType::ALL.into_iter().find(|dtype| dtype.name() == name).ok_or_else(|| format!("choose one of {names}"))
+}
+
+fn backend(text: &str) -> Result<Backend, String> {
+    let found = Wanted::NAMES.into_iter().find(|(name, _)| *name == text);
+    match (text, found) {
+        ("host", _) => Ok(Backend::Host),
+        (_, Some((_, wanted))) => Ok(Backend::Device(wanted)),
+        _ => Err("choose one of host, nccl, fallback, hierarchy, auto".to_owned()),
+    }
 }
 
 fn switch(text: &str) -> Result<bool, String> {
@@ -448,6 +487,7 @@ mod tests {
             ("broadcast --ranks 2..4 -r 2", "root 2 does not exist; the ranks are 0 to 1"),
             ("all_reduce -b 2M -e 1M", "the smallest size, 2097152 B, is above the largest, 1048576 B"),
             ("barrier --plot x.svg", "a barrier has no sizes to plot"),
+            ("barrier --backend nccl", "a barrier has no elements in a device's memory; leave --backend out"),
             ("all_reduce -b 1 -e 1G -i 1", "more than 10000 sizes; take a larger step"),
         ] {
             assert_eq!(args(line), Err(reason.to_owned()), "{line}");

@@ -130,11 +130,13 @@ pub struct Member {
 }
 
 impl Member {
-    fn next(self) -> usize {
+    /// The rank after it in the ring.
+    pub fn next(self) -> usize {
         (self.rank + 1) % self.ranks
     }
 
-    fn previous(self) -> usize {
+    /// The rank before it in the ring.
+    pub fn previous(self) -> usize {
         (self.rank + self.ranks - 1) % self.ranks
     }
 }

@@ -36,6 +36,7 @@ struct Parameters {
 struct Job<'a> {
     ranks: u32,
     links: &'a str,
+    backend: Option<&'a str>,
     ranks_per_cpu: f64,
     /// Wrong elements of all ranks and sizes.
     out_of_bounds: Option<u64>,
@@ -52,6 +53,7 @@ impl<'a> Document<'a> {
         let job = |run: &'a Run| Job {
             ranks: run.ranks,
             links: &run.links,
+            backend: run.backend.as_deref(),
             ranks_per_cpu: f64::from(run.ranks) / cpus,
             out_of_bounds: run.wrong(),
             avg_busbw_gb_s: run.average_busbw(),

@@ -2,9 +2,7 @@
 //!
 //! A datagram is one result, whole or not at all, from as many senders as there are ranks.
 
-use std::fs::Permissions;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -12,6 +10,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 use super::rank::Message;
+use crate::credentials::private_folder;
 use crate::error::Error;
 
 /// After this long without a word, people look whether the program still runs.
@@ -45,9 +44,7 @@ impl Inbox {
     /// [`Error::System`] if the folder or the socket cannot be made.
     pub fn open() -> Result<Self, Error> {
         let failed = |e: io::Error| system("cannot make the socket for results", &e);
-        let private = Permissions::from_mode(0o700);
-        let folder = tempfile::Builder::new().prefix("paceline-bench-").permissions(private).tempdir();
-        let folder = folder.map_err(failed)?;
+        let folder = private_folder().map_err(failed)?;
         let socket = UnixDatagram::bind(folder.path().join("results")).map_err(failed)?;
         socket.set_read_timeout(Some(SILENCE)).map_err(failed)?;
         Ok(Inbox { socket, folder })

@@ -9,6 +9,7 @@ use paceline_runtime::collectives::{Communicator, Error as CollectivesError, Sha
 
 use super::args::{BenchArgs, Output, RowShape, Timing};
 use super::collective::{Member, Place, Shape};
+use super::device::DeviceSide;
 use super::reference::{Reference, Value, count_wrong, left_early};
 use super::report::{Measured, Samples};
 
@@ -18,6 +19,8 @@ const LATE: Duration = Duration::from_millis(3);
 /// One rank's measurements. Every rank makes the same calls in the same order.
 pub struct Bench<'a, T> {
     communicator: &'a mut Communicator,
+    /// Where the calls go that are measured, if not through the communicator.
+    device: Option<DeviceSide>,
     args: &'a BenchArgs,
     member: Member,
     input: Buffer<T>,
@@ -55,7 +58,11 @@ impl<'a, T: Value> Bench<'a, T> {
     ///
     /// # Errors
     /// The communicator's, when registered memory is asked for.
-    pub fn new(communicator: &'a mut Communicator, args: &'a BenchArgs) -> Result<Self, CollectivesError> {
+    pub fn new(
+        communicator: &'a mut Communicator,
+        device: Option<DeviceSide>,
+        args: &'a BenchArgs,
+    ) -> Result<Self, CollectivesError> {
         let member = Member { rank: communicator.rank(), ranks: communicator.world_size() };
         let rows = args.rows(member.ranks as u32);
         let input_len = rows.iter().map(|row| row.input_len).max().unwrap_or(0);
@@ -66,7 +73,7 @@ impl<'a, T: Value> Bench<'a, T> {
             false => Ok(Buffer::Private(vec![T::wrapped(1); len])),
         };
         let (input, output) = (buffer(input_len)?, buffer(output_len)?);
-        Ok(Bench { communicator, args, member, input, output })
+        Ok(Bench { communicator, device, args, member, input, output })
     }
 
     /// Measures all rows, in order, and passes on each result.
@@ -90,7 +97,7 @@ impl<'a, T: Value> Bench<'a, T> {
                 report(self.measure(index, row, place)?)?;
             }
         }
-        Ok(())
+        Ok(self.device.map_or(Ok(()), DeviceSide::leave)?)
     }
 
     fn measure(&mut self, index: usize, row: &RowShape, place: Place) -> Result<Measured, CollectivesError> {
@@ -98,6 +105,7 @@ impl<'a, T: Value> Bench<'a, T> {
         // Sums in place grow with every call; of zeros they stay zeros, and no float becomes slow or infinite.
         let room = self.args.output_room(row);
         self.output[..room].fill(T::default());
+        self.upload(row)?;
         self.communicator.barrier()?;
         let (mean_us, samples) = match self.args.timing {
             Timing::BackToBack => {
@@ -134,7 +142,8 @@ impl<'a, T: Value> Bench<'a, T> {
 
     /// Calls back to back.
     fn repeat(&mut self, place: Place, row: &RowShape, times: u32) -> Result<(), CollectivesError> {
-        (0..times).try_for_each(|_| self.call(place, row))
+        (0..times).try_for_each(|_| self.call(place, row))?;
+        self.settle()
     }
 
     /// Calls one by one, with `between` after each; the microseconds of each.
@@ -149,13 +158,28 @@ impl<'a, T: Value> Bench<'a, T> {
         for _ in 0..times {
             let start = Instant::now();
             self.call(place, row)?;
+            self.settle()?;
             samples.push(micros(start.elapsed()));
             between(self.communicator)?;
         }
         Ok(samples)
     }
 
+    /// Waits until the device has run what was called.
+    fn settle(&self) -> Result<(), CollectivesError> {
+        self.device.as_ref().map_or(Ok(()), DeviceSide::settle)
+    }
+
+    /// Gives the device what is in the buffers.
+    fn upload(&mut self, row: &RowShape) -> Result<(), CollectivesError> {
+        let Some(device) = &mut self.device else { return Ok(()) };
+        device.upload(&self.input[..row.input_len], &self.output[..self.args.output_room(row)])
+    }
+
     fn call(&mut self, place: Place, row: &RowShape) -> Result<(), CollectivesError> {
+        if let Some(device) = &mut self.device {
+            return device.call(self.args, place, row);
+        }
         let output_len = match place {
             Place::OutOfPlace => row.output_len,
             Place::InPlace => self.args.output_room(row),
@@ -194,7 +218,12 @@ impl<'a, T: Value> Bench<'a, T> {
             self.output[input_start..][..row.input_len].copy_from_slice(&self.input[..row.input_len]);
         }
         let before = self.output[output_start..][..row.output_len].to_vec();
+        self.upload(row)?;
         self.call(place, row)?;
+        self.settle()?;
+        if let Some(device) = &self.device {
+            device.download(&mut self.output[..room])?;
+        }
         let value = |index| match collective.expected(member, row.count, self.args.root, index) {
             Some(source) => expected.value(source),
             None => before[index],
@@ -257,7 +286,7 @@ mod tests {
                 scope.spawn(move || {
                     let mut communicator =
                         Communicator::new(Box::new(transport), Config::default()).expect("the defaults");
-                    let bench = Bench::new(&mut communicator, args).expect("there is memory");
+                    let bench = Bench::new(&mut communicator, None, args).expect("there is memory");
                     let result = work(bench);
                     communicator.leave().expect("everybody leaves");
                     result

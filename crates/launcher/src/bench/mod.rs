@@ -10,6 +10,7 @@
 //! | [`args`] | the flags, and the rows that follow from them |
 //! | [`collective`] | the table of what can be measured |
 //! | [`measure`], [`rank`] | a rank: the loops, and the process around them |
+//! | [`device`] | its device, where buffers are in one's memory |
 //! | [`reference`](mod@reference) | what the elements must be |
 //! | [`inbox`], [`report`] | from the ranks' results to rows |
 //! | [`table`], [`document`], [`plot`] | rows as text, as JSON, as a picture |
@@ -17,6 +18,7 @@
 
 pub mod args;
 mod collective;
+mod device;
 mod document;
 mod inbox;
 mod machine;
@@ -32,17 +34,25 @@ use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use self::args::{BenchArgs, Output};
+use paceline_runtime::collectives::device::Wanted;
+use paceline_runtime::env;
+use paceline_transport::Fabric;
+
+use self::args::{Backend, BenchArgs, Output};
+pub use self::device::missing_for_nccl;
 use self::document::Document;
 use self::inbox::{Inbox, News};
 use self::machine::Machine;
 use self::rank::Message;
 use self::report::{Collector, Row, Run};
 use crate::binding::Binding;
-use crate::cli::{CERTIFICATE_LIFE, Endpoint, RunArgs};
+use crate::cli::{CERTIFICATE_LIFE, RunArgs};
 use crate::console::{Console, Stream};
+use crate::endpoint::Endpoint;
 use crate::error::Error;
+use crate::pod::Place;
 use crate::run;
+use crate::torchrun::Settings;
 
 /// Where a person waits for JSON, a line this often says how far it is.
 const PROGRESS: Duration = Duration::from_secs(5);
@@ -59,6 +69,11 @@ const GRACE: Duration = Duration::from_secs(2);
 /// # Errors
 /// If the ranks could not be started, or their results could not be read.
 pub fn run(args: &BenchArgs, console: &Console) -> Result<(u8, String), Error> {
+    if let Backend::Device(Wanted::Nccl | Wanted::Hierarchy) = args.backend
+        && let Some(why) = device::missing_for_nccl()
+    {
+        return Err(Error::Usage(format!("NCCL cannot be used here: {why}")));
+    }
     check_memory(args.needed_bytes(), machine::available_bytes())?;
     let machine = Machine::look();
     let print = |text: String| console.print(Stream::Out, text.into_bytes());
@@ -114,7 +129,7 @@ fn run_ranks(args: &BenchArgs, ranks: u32, console: &Console) -> Result<Ended, E
         let results = results.join().expect("the collector has no panics");
         match outcome? {
             (0, _) => {
-                let (links, rows) = results?;
+                let (links, backend, rows) = results?;
                 let expected = args.rows(ranks).len();
                 if rows.len() != expected {
                     let why = format!("{} of {expected} sizes came", rows.len());
@@ -123,7 +138,7 @@ fn run_ranks(args: &BenchArgs, ranks: u32, console: &Console) -> Result<Ended, E
                         why,
                     });
                 }
-                Ok(Ended::Well(Run { ranks, links, rows }))
+                Ok(Ended::Well(Run { ranks, links, backend, rows }))
             }
             (exit_code, report) => Ok(Ended::Badly { exit_code, report }),
         }
@@ -140,17 +155,37 @@ fn job(args: &BenchArgs, ranks: u32, inbox: &Inbox) -> Result<RunArgs, Error> {
     let own = [program.into(), OsString::from("bench-rank"), "--report".into(), inbox.path().into()];
     let mut words = shell.map(OsString::from).chain(own).chain(args.words.iter().cloned());
     let local = Endpoint { host: "127.0.0.1".to_owned(), port: 0 };
+    let wrong = |e: paceline_runtime::Error| Error::Usage(e.to_string());
+    let insecure = env::insecure(env::process).map_err(wrong)?;
+    let fabric = match args.fabric {
+        Some(Fabric::Tcp) if !insecure => {
+            let why = format!("{}; where that is meant, PACELINE_INSECURE=1 allows it", env::PLAIN_TCP);
+            return Err(Error::Usage(why));
+        }
+        Some(fabric) => Some(fabric),
+        // The ranks read the variable; of plain TCP the launcher has to warn.
+        None => Some(env::fabric(env::process).map_err(wrong)?).filter(|fabric| *fabric == Fabric::Tcp),
+    };
     Ok(RunArgs {
         ranks,
         nodes: None,
+        health: None,
         identity: None,
         certificate_life: CERTIFICATE_LIFE,
         rendezvous: args.rendezvous.clone().unwrap_or(local),
+        rendezvous_given: true,
+        // The ranks, which may be elsewhere, read PACELINE_INTERFACE themselves.
+        interface: None,
         grace: GRACE,
+        max_restarts: 0,
         timeout: None,
         rendezvous_timeout: RENDEZVOUS_TIMEOUT,
         binding: Binding::Auto,
-        fabric: args.fabric,
+        fabric,
+        insecure,
+        flight_recorder: None,
+        pod: Place::default(),
+        torchrun: Settings::default(),
         program: words.next().expect("this program's own name is among them"),
         program_args: words.collect(),
     })
@@ -163,19 +198,19 @@ fn collect(
     ranks: u32,
     inbox: &Inbox,
     console: &Console,
-) -> Result<(String, Vec<Row>), Error> {
+) -> Result<(String, Option<String>, Vec<Row>), Error> {
     let mut collector = Collector::new(args, ranks);
     let mut progress = Progress::new(args, ranks, console);
     let mut rows = Vec::new();
-    let mut links = String::new();
+    let (mut links, mut backend) = (String::new(), None);
     let mut failure = None;
     loop {
         let row = match inbox.next() {
-            Ok(News::Message(Message::Joined { links: kind })) => {
+            Ok(News::Message(Message::Joined { links: kind, backend: way })) => {
                 if args.output != Output::Json {
-                    console.print(Stream::Out, table::links(&kind).into_bytes());
+                    console.print(Stream::Out, table::links(&kind, way.as_deref()).into_bytes());
                 }
-                links = kind;
+                (links, backend) = (kind, way);
                 None
             }
             Ok(News::Message(Message::Measured(measured))) => collector.add(measured),
@@ -199,7 +234,7 @@ fn collect(
         }
         progress.tell(rows.len(), &collector);
     }
-    failure.map_or(Ok((links, rows)), Err)
+    failure.map_or(Ok((links, backend, rows)), Err)
 }
 
 /// Says on stderr how far it is, where the table does not show it.

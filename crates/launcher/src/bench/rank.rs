@@ -8,7 +8,8 @@ use paceline_runtime::collectives::dtype::{bf16, f16};
 use paceline_runtime::collectives::{Communicator, DType, Error as CollectivesError};
 use serde::{Deserialize, Serialize};
 
-use super::args::{BenchArgs, Output};
+use super::args::{Backend, BenchArgs, Output};
+use super::device::DeviceSide;
 use super::measure::Bench;
 use super::reference::Value;
 use super::report::{Measured, Schedule};
@@ -21,6 +22,8 @@ pub enum Message {
     Joined {
         /// The kind of links between them: `shm`, `quic`, `tls`, or memory and one of both.
         links: String,
+        /// The way of collectives on device memory and why, if they are measured.
+        backend: Option<String>,
     },
     /// Which schedule runs a row; from rank 0 alone.
     Explained {
@@ -55,12 +58,17 @@ pub fn run(args: &BenchArgs, report: &Path) -> Result<(), Error> {
     let socket = UnixDatagram::unbound().map_err(|e| failed("making a socket", &e))?;
     let launcher = Launcher { socket, path: report.to_owned() };
     let mut world = World::join().map_err(|e| failed("joining the job", &e))?;
+    let device = match args.backend {
+        Backend::Host => None,
+        Backend::Device(wanted) => Some(DeviceSide::new(&mut world, args, wanted)?),
+    };
     if world.rank() == 0 {
-        launcher.tell(&Message::Joined { links: world.links().to_owned() })?;
+        let (links, backend) = (world.links().to_owned(), world.backend().map(ToString::to_string));
+        launcher.tell(&Message::Joined { links, backend })?;
         explain(world.communicator(), args, &launcher)?;
     }
     if args.output != Output::Explain {
-        measure_as(args.dtype, world.communicator(), args, &launcher)?;
+        measure_as(args.dtype, (world.communicator(), device), args, &launcher)?;
     }
     world.leave().map_err(|e| failed("leaving the job", &e))
 }
@@ -78,30 +86,30 @@ fn explain(communicator: &mut Communicator, args: &BenchArgs, launcher: &Launche
 
 fn measure_as(
     dtype: DType,
-    communicator: &mut Communicator,
+    through: (&mut Communicator, Option<DeviceSide>),
     args: &BenchArgs,
     launcher: &Launcher,
 ) -> Result<(), Error> {
     match dtype {
-        DType::F64 => measure::<f64>(communicator, args, launcher),
-        DType::F16 => measure::<f16>(communicator, args, launcher),
-        DType::BF16 => measure::<bf16>(communicator, args, launcher),
-        DType::I8 => measure::<i8>(communicator, args, launcher),
-        DType::U8 => measure::<u8>(communicator, args, launcher),
-        DType::I32 => measure::<i32>(communicator, args, launcher),
-        DType::I64 => measure::<i64>(communicator, args, launcher),
-        DType::U64 => measure::<u64>(communicator, args, launcher),
-        DType::F32 => measure::<f32>(communicator, args, launcher),
+        DType::F64 => measure::<f64>(through, args, launcher),
+        DType::F16 => measure::<f16>(through, args, launcher),
+        DType::BF16 => measure::<bf16>(through, args, launcher),
+        DType::I8 => measure::<i8>(through, args, launcher),
+        DType::U8 => measure::<u8>(through, args, launcher),
+        DType::I32 => measure::<i32>(through, args, launcher),
+        DType::I64 => measure::<i64>(through, args, launcher),
+        DType::U64 => measure::<u64>(through, args, launcher),
+        DType::F32 => measure::<f32>(through, args, launcher),
         other => Err(failed("measuring", &format!("the reference does not know {other} yet"))),
     }
 }
 
 fn measure<T: Value>(
-    communicator: &mut Communicator,
+    (communicator, device): (&mut Communicator, Option<DeviceSide>),
     args: &BenchArgs,
     launcher: &Launcher,
 ) -> Result<(), Error> {
-    Bench::<T>::new(communicator, args)?.run(|measured| launcher.tell(&Message::Measured(measured)))
+    Bench::<T>::new(communicator, device, args)?.run(|measured| launcher.tell(&Message::Measured(measured)))
 }
 
 impl From<CollectivesError> for Error {

@@ -92,6 +92,8 @@ pub struct Run {
     pub ranks: u32,
     /// The kind of links between them.
     pub links: String,
+    /// The way of collectives on device memory and why, if they were measured.
+    pub backend: Option<String>,
     /// The rows, by size.
     pub rows: Vec<Row>,
 }
@@ -301,9 +303,12 @@ pub mod tests {
             row(Some(cell(1000, 1.0, Some(0))), Some(cell(1000, 0.5, Some(4)))),
             row(None, Some(cell(1000, 0.25, Some(1)))),
         ];
-        let run = Run { ranks: 2, links: "shm".to_owned(), rows };
+        let run = Run { ranks: 2, links: "shm".to_owned(), backend: None, rows };
         assert_eq!(run.average_busbw(), (1.0 + 2.0 + 4.0) / 3.0);
         assert_eq!(run.wrong(), Some(5));
-        assert_eq!(Run { ranks: 2, links: String::new(), rows: Vec::new() }.average_busbw(), 0.0);
+        assert_eq!(
+            Run { ranks: 2, links: String::new(), backend: None, rows: Vec::new() }.average_busbw(),
+            0.0
+        );
     }
 }

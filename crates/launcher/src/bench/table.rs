@@ -52,9 +52,10 @@ pub fn foot(run: &Run) -> String {
     format!("# Out of bounds values : {verdict}\n# Avg bus bandwidth : {:.6}\n#\n", run.average_busbw())
 }
 
-/// What the ranks are connected by, as they say when they are.
-pub fn links(kind: &str) -> String {
-    format!("# links: {kind}\n")
+/// What the ranks are connected by, as they say when they are, and the way of their devices.
+pub fn links(kind: &str, backend: Option<&str>) -> String {
+    let backend = backend.map(|backend| format!("# {backend}\n"));
+    format!("# links: {kind}\n") + &backend.unwrap_or_default()
 }
 
 /// Times and bandwidths of several numbers of ranks, side by side; empty for one.
@@ -231,7 +232,12 @@ mod tests {
 
     #[test]
     fn the_foot_says_what_was_wrong() {
-        let run = |wrong| Run { ranks: 2, links: String::new(), rows: vec![a_row(1000, 0.5, wrong)] };
+        let run = |wrong| Run {
+            ranks: 2,
+            links: String::new(),
+            backend: None,
+            rows: vec![a_row(1000, 0.5, wrong)],
+        };
         assert_eq!(foot(&run(Some(0))), "# Out of bounds values : 0 OK\n# Avg bus bandwidth : 2.000000\n#\n");
         assert!(foot(&run(Some(3))).starts_with("# Out of bounds values : 3 FAILED\n"));
         assert!(foot(&run(None)).starts_with("# Out of bounds values : not checked\n"));
@@ -257,6 +263,7 @@ mod tests {
         let args = args("all_gather --ranks 1..2");
         let run = |ranks, sizes: &[u64]| Run {
             links: String::new(),
+            backend: None,
             ranks,
             rows: sizes.iter().map(|&size| a_row(size, size as f64 / f64::from(ranks), None)).collect(),
         };

@@ -2,12 +2,17 @@
 
 #![allow(dead_code, reason = "each test uses a part of this")]
 
+pub mod names;
+pub mod process;
+pub mod sockets;
+
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Failed, Trial};
+use sockets::Socket;
 
 /// The first argument of a test executable that runs as a rank; the second says which part it plays.
 const AS_RANK: &str = "as-rank";
@@ -112,6 +117,20 @@ impl Job {
         }
     }
 
+    /// The next line, as soon as there is one; `None` at the end of the output.
+    pub fn next_line(&mut self) -> Option<String> {
+        match self.lines.recv_timeout(PATIENCE) {
+            Ok(line) => {
+                self.seen.push(line.clone());
+                Some(line)
+            }
+            Err(mpsc::RecvTimeoutError::Disconnected) => None,
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                panic!("nothing happens; seen:\n{}", self.seen.join("\n"))
+            }
+        }
+    }
+
     /// Waits for the end of the launcher and of its output.
     pub fn finish(mut self) -> Finished {
         let deadline = Instant::now() + PATIENCE;
@@ -149,6 +168,13 @@ impl Finished {
     pub fn lines_with(&self, text: &str) -> Vec<&str> {
         let of_a_rank = |line: &&str| line.starts_with('[') && line.contains(text);
         self.lines.iter().map(String::as_str).filter(of_a_rank).collect()
+    }
+
+    /// The sockets that each of the ranks says it has, in lines `rank 3 socket tcp 127.0.0.1:1 127.0.0.1:2`.
+    pub fn sockets(&self, rank: usize) -> Vec<Socket> {
+        let start = format!("rank {rank} socket ");
+        let lines = self.lines.iter().filter_map(|line| line.split_once(&start));
+        lines.map(|(_, socket)| socket.parse().expect("the form in which it is written")).collect()
     }
 
     /// The line of the launcher's report, after `paceline: `.

@@ -262,10 +262,7 @@ impl MessageReceiver {
         }
         let mut prefix = [0; PREFIX_BYTES];
         prefix.copy_from_slice(&self.buffer[..PREFIX_BYTES]);
-        let len = usize::try_from(u32::from_le_bytes(prefix)).unwrap_or(usize::MAX);
-        if len > self.limit {
-            return Err(WireError::TooLong { len, limit: self.limit }.into());
-        }
+        let len = announced(prefix, self.limit)?;
         if !self.fill(PREFIX_BYTES + len).await? {
             return Err(cut_short());
         }
@@ -289,6 +286,17 @@ impl MessageReceiver {
             }
         }
         Ok(true)
+    }
+}
+
+/// The length that the bytes before a message announce.
+///
+/// # Errors
+/// [`WireError::TooLong`] when it is more than `limit`.
+fn announced(prefix: [u8; PREFIX_BYTES], limit: usize) -> Result<usize, WireError> {
+    match usize::try_from(u32::from_le_bytes(prefix)).unwrap_or(usize::MAX) {
+        len if len > limit => Err(WireError::TooLong { len, limit }),
+        len => Ok(len),
     }
 }
 
@@ -339,5 +347,25 @@ fn exact_in_words(error: &ReadExactError) -> String {
     match error {
         ReadExactError::FinishedEarly => "it opened a lane and sent nothing".to_owned(),
         ReadExactError::ReadError(error) => read_in_words(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn any_prefix_is_a_length_within_the_limit_or_an_error(bytes: [u8; 4], limit in 0..1_usize << 20) {
+            match announced(bytes, limit) {
+                Ok(len) => prop_assert!(len <= limit),
+                Err(error) => {
+                    let is_over = matches!(error, WireError::TooLong { len, .. } if len > limit);
+                    prop_assert!(is_over);
+                }
+            }
+        }
     }
 }

@@ -1,18 +1,20 @@
 //! Dialling and accepting members of the job, and turning everybody else away.
 
+use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustls::pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Mutex, mpsc};
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout;
 
 use super::close::{self, CloseCode, in_words};
 use super::connection::{Connection, Lane, gone, remote_address};
 use super::driver::{self, Incoming};
+use super::knock::Knock;
 use super::settings::Settings;
 use super::socket::Socket;
 use super::tls;
@@ -21,6 +23,8 @@ use crate::control_lane::LinkConnection;
 use crate::identity::{Identity, MemberName};
 use crate::io::{IoHandle, Task};
 use crate::mesh::{self, CONTROL_LIMIT, DataOf, LinkEndpoint};
+use crate::newcomers::Newcomers;
+use crate::warnings::Warnings;
 
 /// The version of everything that is said after the TLS handshake. Raised when messages change; the
 /// refusal then names both versions.
@@ -64,6 +68,8 @@ struct Shared {
     identity: Identity,
     socket: Arc<Socket>,
     local_addr: SocketAddr,
+    /// What other endpoints want to hear, by their addresses.
+    knocks: StdMutex<HashMap<SocketAddr, Knock>>,
     accepted: Mutex<mpsc::Receiver<Connection>>,
     _acceptor: Task<()>,
     _reporter: Task<()>,
@@ -85,13 +91,20 @@ struct Welcome {
     protocol_version: u16,
 }
 
+/// What the handshakes of an endpoint share.
+struct Reception {
+    job: String,
+    accepted: mpsc::Sender<Connection>,
+    warnings: Warnings,
+}
+
 impl Endpoint {
     /// Opens a UDP socket at `addr` (port 0: any free one) for the member `identity`.
     ///
     /// # Errors
     /// [`Error::Bind`] with the operating system's reason, [`Error::Identity`] when TLS cannot use the identity.
     pub fn bind(io: &IoHandle, addr: SocketAddr, identity: &Identity) -> Result<Self, Error> {
-        Self::bind_with(io, addr, identity, &Settings::default())
+        Self::bind_with(io, addr, identity, &Settings::for_address(addr.ip()))
     }
 
     /// [`bind`](Endpoint::bind) for another network than the usual one.
@@ -110,6 +123,12 @@ impl Endpoint {
         let cannot_bind =
             |error: std::io::Error| Error::Bind { addr, reason: error.to_string(), kind: error.kind() };
         let socket = Arc::new(Socket::open(addr).map_err(cannot_bind)?);
+        if let Some(knock) = settings.knock
+            && let Err(error) = socket.guard(knock)
+        {
+            // A sandbox without filters. Strangers cost more then, and get no further.
+            tracing::info!(%addr, %error, "datagrams of strangers are not dropped by the kernel");
+        }
         let driver = driver::Endpoint::open(io, socket.clone(), tls::endpoint_config(settings), server);
         let driver = driver.map_err(cannot_bind)?;
         let (sender, accepted) = mpsc::channel(ACCEPTED_LIMIT);
@@ -118,6 +137,7 @@ impl Endpoint {
         let reporter = socket.clone();
         let shared = Shared {
             local_addr: socket.local_addr(),
+            knocks: StdMutex::default(),
             accepted: Mutex::new(accepted),
             _acceptor: io.task(accept_all(driver.clone(), identity.job().to_owned(), sender)),
             _reporter: io.task(async move { reporter.report_refused().await }),
@@ -139,6 +159,16 @@ impl Endpoint {
     /// Who this endpoint is.
     pub fn identity(&self) -> &Identity {
         &self.shared.identity
+    }
+
+    /// Has dialling `addr` begin with `knock`, with which the endpoint there was bound. To be called before that.
+    pub fn knock_at(&self, addr: SocketAddr, knock: Knock) {
+        self.knocks().insert(addr, knock);
+    }
+
+    fn knocks(&self) -> MutexGuard<'_, HashMap<SocketAddr, Knock>> {
+        // Entries are put in whole.
+        self.shared.knocks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Dials `addr` once and returns the connection when `member` of this job has answered there and
@@ -169,8 +199,12 @@ impl Endpoint {
         let Shared { driver, client, identity, socket, .. } = &*self.shared;
         socket.expect_from(addr);
         let name = identity.server_name(member);
+        let mut client = client.clone();
+        if let Some(&knock) = self.knocks().get(&addr) {
+            client.initial_dst_cid_provider(Arc::new(move || knock.first_id()));
+        }
         let connecting = driver
-            .connect(client.clone(), addr, &name)
+            .connect(client, addr, &name)
             .map_err(|error| gone(addr, &format!("cannot dial: {error}")))?;
         let connection = connecting.connected().await.map_err(|error| gone(addr, &in_words(&error)))?;
         let connection = Connection::new(connection, member.to_owned());
@@ -256,31 +290,48 @@ async fn close_in_the_end(io: IoHandle, endpoint: driver::Endpoint, mut released
 
 /// Completes handshakes side by side, so that a stalled one holds up nobody.
 async fn accept_all(endpoint: driver::Endpoint, job: String, accepted: mpsc::Sender<Connection>) {
-    let job: Arc<str> = job.into();
+    let reception = Arc::new(Reception { job, accepted, warnings: Warnings::new() });
     let mut handshakes = JoinSet::new();
+    let mut by_age: VecDeque<AbortHandle> = VecDeque::new();
+    let mut newcomers = Newcomers::new(Instant::now());
     loop {
         let incoming = tokio::select! {
             incoming = endpoint.accept() => incoming,
             Some(_) = handshakes.join_next() => continue,
         };
         let Some(incoming) = incoming else { return };
-        if handshakes.len() >= HANDSHAKES_LIMIT {
-            incoming.ignore();
-        } else if handshakes.len() >= RETRY_FROM && incoming.may_retry() {
-            incoming.retry();
+        if incoming.may_retry() {
+            // It may be anybody who says that this is its address.
+            if handshakes.len() >= RETRY_FROM {
+                incoming.retry();
+                continue;
+            }
         } else {
-            handshakes.spawn(let_in(incoming, job.clone(), accepted.clone()));
+            let remote = incoming.remote_address();
+            let remote = SocketAddr::new(remote.ip().to_canonical(), remote.port());
+            if !newcomers.admit(remote.ip(), Instant::now()) {
+                reception.warnings.warn(remote, "its address has asked for too many handshakes");
+                incoming.ignore();
+                continue;
+            }
         }
+        by_age.retain(|handshake| !handshake.is_finished());
+        if by_age.len() >= HANDSHAKES_LIMIT
+            && let Some(oldest) = by_age.pop_front()
+        {
+            oldest.abort();
+        }
+        by_age.push_back(handshakes.spawn(let_in(incoming, reception.clone())));
     }
 }
 
 /// Completes one handshake and hands the connection on, or says why not.
-async fn let_in(incoming: Incoming, job: Arc<str>, accepted: mpsc::Sender<Connection>) {
+async fn let_in(incoming: Incoming, reception: Arc<Reception>) {
     let addr = incoming.remote_address();
     let remote = SocketAddr::new(addr.ip().to_canonical(), addr.port());
-    let outcome = timeout(HANDSHAKE_LIMIT, welcome(incoming, &job)).await;
+    let outcome = timeout(HANDSHAKE_LIMIT, welcome(incoming, &reception.job)).await;
     let reason = match outcome {
-        Ok(Ok(connection)) => match accepted.try_send(connection) {
+        Ok(Ok(connection)) => match reception.accepted.try_send(connection) {
             Ok(()) => return,
             Err(mpsc::error::TrySendError::Closed(_)) => return,
             Err(mpsc::error::TrySendError::Full(connection)) => {
@@ -292,7 +343,7 @@ async fn let_in(incoming: Incoming, job: Arc<str>, accepted: mpsc::Sender<Connec
         Ok(Err(reason)) => reason,
         Err(_) => format!("its handshake was not finished within {} s", HANDSHAKE_LIMIT.as_secs()),
     };
-    tracing::warn!(%remote, reason, "refused a connection");
+    reception.warnings.warn(remote, &reason);
 }
 
 async fn welcome(incoming: Incoming, job: &str) -> Result<Connection, String> {
@@ -343,4 +394,22 @@ fn certified_name(connection: &driver::Connection) -> Result<MemberName, String>
         .downcast::<Vec<CertificateDer<'static>>>()
         .map_err(|_| "the client's certificate is of an unknown kind")?;
     MemberName::of(chain.first().ok_or("the client has no certificate")?)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::wire;
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_a_message_of_the_handshake_or_an_error(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            let _ = wire::decode::<Welcome>(&bytes);
+            if let Ok(Hello { job, .. }) = wire::decode::<Hello>(&bytes) {
+                prop_assert!(job.len() < bytes.len());
+            }
+        }
+    }
 }

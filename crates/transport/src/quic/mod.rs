@@ -14,6 +14,7 @@
 //! |---|---|
 //! | `settings` | what a user may say about the network |
 //! | `tls` | quinn-proto's settings |
+//! | `knock` | what datagrams must carry for the kernel to let them in |
 //! | `socket` | the UDP socket: batches, and datagrams that are not QUIC |
 //! | `driver` | runs quinn-proto over the socket |
 //! | `congestion` | Cubic, with a way out for the close frame |
@@ -31,6 +32,7 @@ mod congestion;
 mod connection;
 mod driver;
 mod endpoint;
+mod knock;
 mod settings;
 mod socket;
 mod tls;
@@ -39,6 +41,7 @@ mod transport;
 pub use connection::{Connection, MessageReceiver, MessageSender};
 pub use endpoint::Endpoint;
 pub(crate) use endpoint::PROTOCOL_VERSION;
+pub use knock::Knock;
 pub use settings::{Profile, Settings};
 pub use transport::QuicTransport;
 

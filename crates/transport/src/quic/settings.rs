@@ -1,7 +1,9 @@
 //! What an endpoint may be told about its network.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
+use super::knock::Knock;
 use crate::Error;
 
 /// An Ethernet jumbo frame of 9000 bytes less IPv4 and UDP headers. Larger ones (loopback takes 64 KiB) gain
@@ -9,10 +11,14 @@ use crate::Error;
 /// AMD EPYC).
 const JUMBO_BYTES: u16 = 8972;
 
+/// The same less IPv6's header, which is 20 bytes longer. A limit that no path of such frames carries would cost
+/// three lost probes for each step of the search, which then ends up to 20 bytes below what the path carries.
+const JUMBO_BYTES_V6: u16 = 8952;
+
 /// What every path that carries QUIC must carry (RFC 9000, 14).
 const SMALLEST_BYTES: u16 = 1200;
 
-/// The largest payload of a UDP datagram over IPv4.
+/// The largest payload of a UDP datagram over IPv4; over IPv6 it is 20 bytes more.
 const LARGEST_BYTES: u16 = 65507;
 
 /// A handshake packet counts its length in 14 bits, and quinn-proto 0.11.19 panics on a longer one. Some
@@ -23,7 +29,8 @@ const FIRST_LIMIT_BYTES: u16 = 16_000;
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Settings {
-    /// The largest UDP payload that is sent or taken, in bytes; 8972 by default, between 1200 and 65507.
+    /// The largest UDP payload that is sent or taken, in bytes, between 1200 and 65507; 8972 by default, and 8952
+    /// over IPv6: a frame of 9000 bytes.
     /// Up to it an endpoint finds out by itself what a path carries.
     pub largest_datagram_bytes: u16,
     /// The UDP payload with which a connection begins, in bytes; 1200 by default, which every path carries.
@@ -31,6 +38,9 @@ pub struct Settings {
     pub first_datagram_bytes: u16,
     /// What kind of network it is.
     pub profile: Profile,
+    /// What datagrams to the endpoint must carry, if anything: those of peers that were not told are dropped by the
+    /// kernel.
+    pub knock: Option<Knock>,
 }
 
 /// A kind of network: how much may be on its way, and how carefully a connection begins.
@@ -48,11 +58,24 @@ pub enum Profile {
 impl Default for Settings {
     fn default() -> Self {
         let profile = Profile::DataCenter;
-        Self { largest_datagram_bytes: JUMBO_BYTES, first_datagram_bytes: SMALLEST_BYTES, profile }
+        Self {
+            largest_datagram_bytes: JUMBO_BYTES,
+            first_datagram_bytes: SMALLEST_BYTES,
+            profile,
+            knock: None,
+        }
     }
 }
 
 impl Settings {
+    /// The default for an endpoint at this address.
+    pub fn for_address(ip: IpAddr) -> Self {
+        match ip {
+            IpAddr::V4(_) => Self::default(),
+            IpAddr::V6(_) => Self::default().with_largest_datagram(JUMBO_BYTES_V6),
+        }
+    }
+
     /// These settings with another limit to the UDP payload, in bytes.
     pub fn with_largest_datagram(self, bytes: u16) -> Self {
         Self { largest_datagram_bytes: bytes, ..self }
@@ -66,6 +89,11 @@ impl Settings {
     /// These settings for another kind of network.
     pub fn with_profile(self, profile: Profile) -> Self {
         Self { profile, ..self }
+    }
+
+    /// These settings for an endpoint that only peers reach which know its knock.
+    pub fn with_knock(self, knock: impl Into<Option<Knock>>) -> Self {
+        Self { knock: knock.into(), ..self }
     }
 
     /// Refuses what the protocol cannot do.
@@ -122,6 +150,14 @@ impl Profile {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_largest_datagram_fills_a_jumbo_frame_of_its_family() {
+        for (ip, headers) in [("127.0.0.1", 20 + 8), ("0.0.0.0", 20 + 8), ("::1", 40 + 8), ("::", 40 + 8)] {
+            let settings = Settings::for_address(ip.parse().expect("an address"));
+            assert_eq!((settings.largest_datagram_bytes + headers, settings.check()), (9000, Ok(())), "{ip}");
+        }
+    }
 
     #[test]
     fn settings_that_the_protocol_cannot_have_are_refused() {

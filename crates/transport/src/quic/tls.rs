@@ -12,6 +12,7 @@ use quinn_proto::{
 };
 
 use super::congestion::CubicUntilClose;
+use super::knock::Ids;
 use super::settings::Settings;
 use crate::Error;
 use crate::credentials::{self, unusable};
@@ -76,6 +77,9 @@ pub(super) fn endpoint_config(settings: &Settings) -> EndpointConfig {
     config.max_udp_payload_size(settings.largest_datagram_bytes).expect("checked settings are in its limits");
     // Version 1 only, and with its fixed bit set: what else arrives is certainly not ours (`socket`).
     config.supported_versions(vec![1]).grease_quic_bit(false);
+    if let Some(knock) = settings.knock {
+        config.cid_generator(move || Box::new(Ids(knock)));
+    }
     config
 }
 

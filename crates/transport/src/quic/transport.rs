@@ -18,6 +18,7 @@ use crate::control_lane::{
 };
 use crate::io::IoHandle;
 use crate::mesh::{self, CloseOnDrop, Gate, LinkEndpoint, Mesh, RawLink, Roster};
+use crate::pair::PairEndpoint;
 use crate::{Error, Forming, Transport};
 
 /// One rank's QUIC links to all other ranks of one epoch.
@@ -188,6 +189,11 @@ impl Transport for QuicTransport {
         self.caller.pause();
     }
 
+    fn drive(&mut self) -> bool {
+        self.caller.drive();
+        true
+    }
+
     fn waker(&self) -> Waker {
         self.caller.waker().clone()
     }
@@ -200,8 +206,11 @@ impl Transport for QuicTransport {
 
     fn split(&mut self, members: &[usize], id: u64, deadline: Instant) -> Result<Forming, Error> {
         let io = self.io.clone();
-        let over = |mesh| Ok(Box::new(Self::over(mesh, io)?) as Box<dyn Transport>);
-        mesh::split(&self.gate, &self.roster, (members, id), deadline, self.waker(), over)
+        let over = |mut meshes: Vec<_>| {
+            let mesh = meshes.pop().expect("one for each place");
+            Ok(Box::new(Self::over(mesh, io)?) as Box<dyn Transport>)
+        };
+        mesh::split(&[(&self.gate, &self.roster)], (members, id), deadline, self.waker(), over)
     }
 
     fn abort(&mut self, message: &[u8], deadline: Instant) {
@@ -221,18 +230,15 @@ impl Transport for QuicTransport {
         }
         let started = Instant::now();
         let confirmed = self.say_last(&Control::Goodbye, deadline)?;
-        let mut missing = Vec::new();
-        for link in self.links.iter_mut().flatten() {
-            match confirmed.contains(&link.peer) {
-                true => link.connection.close_as(CloseCode::Left),
-                false => missing.push(format!("rank {}", link.peer)),
-            }
-        }
-        if missing.is_empty() {
-            return Ok(());
-        }
-        let what = format!("{} to confirm what was sent before leaving", missing.join(", "));
-        Err(Error::TimedOut { what, elapsed: started.elapsed() })
+        let links = self.links.iter_mut().flatten().map(|link| (link.peer, &mut link.connection));
+        mesh::close_as_left(links, &confirmed, started)
+    }
+}
+
+impl PairEndpoint for Endpoint {
+    fn transport(mesh: Mesh<Self>) -> Result<Box<dyn Transport>, Error> {
+        let io = LinkEndpoint::io(mesh.gate.endpoint()).clone();
+        Ok(Box::new(QuicTransport::over(mesh, io)?))
     }
 }
 

@@ -29,7 +29,7 @@ use rustix::thread::{CpuSet, sched_getaffinity};
 use super::Sharing;
 use super::layout::{Layout, RANK_LIMIT};
 use super::memory::SharedMemory;
-use crate::{Error, Transport};
+use crate::{Error, Transport, random};
 
 /// Announces the version: a rank of another release answers something else, and memory is not shared.
 const MAGIC: [u8; 8] = *b"PACESHM1";
@@ -192,8 +192,7 @@ pub(super) fn mirror_images(world_size: usize) -> io::Result<Acquaintance> {
 
 impl Door {
     fn open() -> io::Result<Self> {
-        let mut random = [0; 32];
-        fill_random(&mut random)?;
+        let random: [u8; 32] = random::bytes()?;
         let (name, token) = random.split_at(16);
         let hello = Hello {
             name: name.try_into().expect("16 bytes"),
@@ -328,14 +327,6 @@ fn introduced(
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, "it does not know this job's token"));
     }
     Ok(rank as usize)
-}
-
-fn fill_random(bytes: &mut [u8]) -> io::Result<()> {
-    let mut filled = 0;
-    while filled < bytes.len() {
-        filled += rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty())?;
-    }
-    Ok(())
 }
 
 fn own_processors() -> [u8; PROCESSOR_BYTES] {
@@ -516,6 +507,8 @@ pub(super) fn take_memory(
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn rows(reached: &[&[usize]]) -> Vec<Vec<u8>> {
@@ -540,5 +533,43 @@ mod tests {
         let all: Vec<usize> = (0..=RANK_LIMIT).collect();
         let found = groups(&rows(&vec![all.as_slice(); RANK_LIMIT + 1]));
         assert!(found.iter().enumerate().all(|(rank, group)| *group == [rank]));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_a_hello_or_none(
+            mut bytes in prop::collection::vec(any::<u8>(), HELLO_BYTES - 1..HELLO_BYTES + 2), ours: bool,
+        ) {
+            if ours {
+                bytes[..8].copy_from_slice(&MAGIC);
+            }
+            match Hello::from_bytes(&bytes) {
+                Some(hello) => prop_assert_eq!(hello.to_bytes().to_vec(), bytes),
+                None => prop_assert!(!ours || bytes.len() != HELLO_BYTES),
+            }
+        }
+
+        #[test]
+        fn any_introduction_names_a_rank_of_the_world_and_needs_the_token(
+            bytes: [u8; INTRODUCTION_BYTES], rank in 0..2000_usize, token: [u8; 16], world_size in 1..1500_usize,
+        ) {
+            prop_assert!(introduced(&bytes, &token, world_size).is_err(), "a guess");
+            let said = introduction(rank, &token);
+            prop_assert_eq!(introduced(&said, &token, world_size).ok(), (rank < world_size).then_some(rank));
+            let mut other = token;
+            other[rank % 16] ^= 1;
+            prop_assert!(introduced(&said, &other, world_size).is_err());
+        }
+
+        #[test]
+        fn whatever_ranks_say_whom_they_reach_each_is_on_one_host(
+            world_size in 1..20_usize, bits in prop::collection::vec(any::<u8>(), 60),
+        ) {
+            let len = world_size.div_ceil(8);
+            let rows: Vec<Vec<u8>> = bits.chunks(len).take(world_size).map(<[u8]>::to_vec).collect();
+            for (rank, group) in groups(&rows).iter().enumerate() {
+                prop_assert!(group.contains(&rank) && group.iter().all(|&member| member < world_size));
+            }
+        }
     }
 }

@@ -262,6 +262,7 @@ impl Transport for ShmTransport {
             _ if self.is_whole() => "shm",
             "quic" => "shm+quic",
             "tls" => "shm+tls",
+            "tcp" => "shm+tcp",
             "mem" => "shm+mem",
             _ => "shm+links",
         }

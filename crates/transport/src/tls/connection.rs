@@ -4,7 +4,7 @@
 //! not: a sign of life, a close with a code and a reason, and that all data has arrived.
 
 use std::fmt;
-use std::io::IoSlice;
+use std::io::{self, IoSlice};
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,13 +15,16 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::Shutdown;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
+use super::channel::Protection;
 use super::data::DataStream;
 use super::endpoint::{KEEP_ALIVE, SILENCE_LIMIT};
-use super::session::{Fault, Received, Session, Socket, no_answer};
+use super::mend::Line;
+use super::session::{Fault, Progress, Received, Session, SessionId, Socket, no_answer};
 use crate::Error;
 use crate::close::{CloseCode, quote};
 use crate::control_lane::{End, LinkConnection, MessageIn, MessageOut};
@@ -61,7 +64,6 @@ pub struct Connection {
 
 /// A connection whose ends are shared.
 pub(super) struct Stream {
-    tcp: TcpStream,
     remote: SocketAddr,
     state: Mutex<State>,
     /// How the connection ended, as far as is known.
@@ -70,12 +72,13 @@ pub(super) struct Stream {
     data_fault: OnceLock<String>,
     /// Whether the other side has all data up to our goodbye.
     peer_has_all: AtomicBool,
-    /// Told of all three.
+    /// Told of all three, and of another socket.
     news: Notify,
 }
 
 struct State {
     session: Session,
+    tcp: Arc<TcpStream>,
     /// Whether a message has been sent in part: nothing else may be said before its end.
     within_message: bool,
     closed: bool,
@@ -102,9 +105,9 @@ pub struct MessageReceiver {
 
 impl Stream {
     pub(super) fn new(tcp: TcpStream, remote: SocketAddr, session: Session) -> Arc<Self> {
-        let state = Mutex::new(State { session, within_message: false, closed: false });
+        let state = Mutex::new(State { session, tcp: Arc::new(tcp), within_message: false, closed: false });
         let (end, data_fault, peer_has_all, news) = Default::default();
-        Arc::new(Self { tcp, remote, state, end, data_fault, peer_has_all, news })
+        Arc::new(Self { remote, state, end, data_fault, peer_has_all, news })
     }
 
     /// Both halves of the lane. There must not be others.
@@ -119,13 +122,22 @@ impl Stream {
     ///
     /// # Errors
     /// The operating system's, or that the lane is still in use.
-    pub(super) fn into_data(self: Arc<Self>) -> Result<DataStream, Error> {
+    pub(super) fn into_data(self: Arc<Self>, protection: Protection) -> Result<DataStream, Error> {
         let remote = self.remote;
-        let Some(stream) = Arc::into_inner(self) else {
-            return Err(gone(remote, "the lane of a data connection is in use"));
-        };
-        let session = stream.state.into_inner().unwrap_or_else(PoisonError::into_inner).session;
-        DataStream::new(stream.tcp, session).map_err(|error| gone(remote, &error.to_string()))
+        let parts = self.into_parts().and_then(|(tcp, session)| DataStream::new(tcp, session, protection));
+        parts.map_err(|error| gone(remote, &error.to_string()))
+    }
+
+    /// The socket alone, for what is not of this session.
+    pub(super) fn into_tcp(self: Arc<Self>) -> io::Result<TcpStream> {
+        Ok(self.into_parts()?.0)
+    }
+
+    fn into_parts(self: Arc<Self>) -> io::Result<(TcpStream, Session)> {
+        let in_use = || io::Error::other("the lane of its connection is in use");
+        let stream = Arc::into_inner(self).ok_or_else(in_use)?;
+        let State { tcp, session, .. } = stream.state.into_inner().unwrap_or_else(PoisonError::into_inner);
+        Ok((Arc::into_inner(tcp).ok_or_else(in_use)?, session))
     }
 
     pub(super) fn gone(&self, reason: &str) -> Error {
@@ -169,15 +181,16 @@ impl Stream {
         if std::mem::replace(&mut state.closed, true) {
             return;
         }
-        let mut socket = Socket::Plain(self.tcp.as_fd());
-        if !state.within_message {
+        let State { session, tcp, within_message, .. } = &mut *state;
+        let mut socket = Socket::Plain(tcp.as_fd());
+        if !*within_message {
             // Fails when the connection is gone already.
-            let _ = state.session.send(&mut socket, &[IoSlice::new(&close_frame(code, reason))]);
+            let _ = session.send(&mut socket, &[IoSlice::new(&close_frame(code, reason))]);
         }
-        state.session.finish();
-        let _ = state.session.flush(&mut socket);
+        session.finish();
+        let _ = session.flush(&mut socket);
         // What is in the socket's buffer is still sent, and then its end.
-        let _ = rustix::net::shutdown(&self.tcp, Shutdown::Write);
+        let _ = rustix::net::shutdown(tcp, Shutdown::Write);
         drop(state);
         self.end(None, "this process closed the connection".to_owned());
     }
@@ -185,18 +198,23 @@ impl Stream {
     /// Says something that is no message; `false` when that cannot be now.
     fn say_between_messages(&self, word: u32) -> bool {
         let mut state = self.state();
-        if !state.within_message {
-            // Fails when the connection is gone.
-            let bytes = word.to_le_bytes();
-            let _ = state.session.send(&mut Socket::Plain(self.tcp.as_fd()), &[IoSlice::new(&bytes)]);
+        let State { session, tcp, within_message, .. } = &mut *state;
+        if *within_message || session.broken().is_some() {
+            return false;
         }
-        !state.within_message
+        let word = word.to_le_bytes();
+        match session.send(&mut Socket::Plain(tcp.as_fd()), &[IoSlice::new(&word)]) {
+            Ok(sent) => sent == word.len(),
+            // The connection is gone.
+            Err(_) => true,
+        }
     }
 
     /// Sends as much of the rest of a message as there is room for, and returns how much.
     fn try_send(&self, rest: &[u8]) -> Result<usize, Fault> {
         let mut state = self.state();
-        let sent = state.session.send(&mut Socket::Tokio(&self.tcp), &[IoSlice::new(rest)])?;
+        let State { session, tcp, .. } = &mut *state;
+        let sent = session.send(&mut Socket::Tokio(tcp), &[IoSlice::new(rest)])?;
         state.within_message = sent < rest.len() && (sent > 0 || state.within_message);
         Ok(sent)
     }
@@ -204,19 +222,105 @@ impl Stream {
     /// Waits until everything that was sent is in the operating system's hands.
     async fn flush(&self) -> Result<(), Error> {
         loop {
-            let flushed = self.state().session.flush(&mut Socket::Tokio(&self.tcp));
-            if flushed.map_err(|fault| self.gone(&fault.in_words()))? {
+            if self.try_flush().map_err(|fault| self.gone(&fault.in_words()))? {
                 return Ok(());
             }
-            self.writable().await?;
+            self.ready(Interest::WRITABLE).await?;
         }
     }
 
-    async fn writable(&self) -> Result<(), Error> {
+    fn try_flush(&self) -> Result<bool, Fault> {
+        let mut state = self.state();
+        let State { session, tcp, .. } = &mut *state;
+        session.flush(&mut Socket::Tokio(tcp))
+    }
+
+    fn try_receive(&self, into: &mut [u8]) -> Result<Received, Fault> {
+        let mut state = self.state();
+        let State { session, tcp, .. } = &mut *state;
+        session.receive(&mut Socket::Tokio(tcp), into)
+    }
+
+    /// Waits until the socket is ready, or there is another one, or perhaps for nothing.
+    async fn ready(&self, interest: Interest) -> Result<(), Error> {
+        let news = self.news.notified();
+        tokio::pin!(news);
+        // Before the look: what changes after it is noticed.
+        news.as_mut().enable();
+        self.check()?;
+        let tcp = {
+            let state = self.state();
+            state.session.broken().is_none().then(|| state.tcp.clone())
+        };
+        let ready = async {
+            match &tcp {
+                Some(tcp) => tcp.ready(interest).await.map(drop),
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
-            ready = self.tcp.writable() => ready.map_err(|error| self.gone(&error.to_string())),
-            () = self.ended() => self.check(),
+            ready = ready => ready.map_err(|error| self.gone(&error.to_string())),
+            () = news => self.check(),
         }
+    }
+
+    /// What both sides know the session by.
+    pub(super) fn id(&self) -> Result<SessionId, Fault> {
+        self.state().session.id()
+    }
+
+    /// Has the session go on over another socket when its own breaks, of which `broken` is told.
+    pub(super) fn outlive_sockets(&self, broken: Arc<Notify>) {
+        self.state().session.outlive_sockets(broken);
+    }
+}
+
+impl Line for Stream {
+    fn broken(&self) -> Option<Fault> {
+        self.state().session.broken().cloned()
+    }
+
+    fn over(&self) -> bool {
+        self.end.get().is_some()
+    }
+
+    fn cut(&self) -> u64 {
+        let mut state = self.state();
+        let State { session, tcp, .. } = &mut *state;
+        session.cut(tcp.as_fd(), Fault::Cut);
+        session.received()
+    }
+
+    fn rewind(&self, arrived: u64) -> Result<(), String> {
+        self.state().session.rewind(arrived)
+    }
+
+    fn attach(&self, tcp: TcpStream) -> io::Result<()> {
+        let mut state = self.state();
+        if state.closed {
+            return Err(io::Error::other("the connection is closed"));
+        }
+        if !state.session.resume() {
+            return Err(io::Error::other("the connection has been given up"));
+        }
+        state.tcp = Arc::new(tcp);
+        drop(state);
+        self.news.notify_waiters();
+        Ok(())
+    }
+
+    fn flush(&self) -> bool {
+        // A broken connection is found by whoever receives on it.
+        self.try_flush().unwrap_or(true)
+    }
+
+    fn progress(&self) -> Option<Progress> {
+        let state = self.state();
+        state.session.progress(state.tcp.as_fd())
+    }
+
+    fn give_up(&self) {
+        self.state().session.give_up();
     }
 }
 
@@ -271,6 +375,16 @@ impl Connection {
     /// lost; [`MessageSender::finish`] waits for them.
     pub fn close(&self, reason: &str) {
         self.close_with(CloseCode::Finished, reason);
+    }
+
+    /// What is mended when its socket breaks.
+    pub(super) fn line(&self) -> &Arc<Stream> {
+        &self.stream
+    }
+
+    /// The connection has broken for good.
+    pub(super) fn broke(&self, reason: String) {
+        self.stream.end(None, reason);
     }
 
     /// Says what broke the data connection of this one's link. The control lane has a moment to say why.
@@ -330,7 +444,8 @@ impl LinkConnection for Connection {
         }
         // Nobody may be reading, so that the end is not known yet.
         let hung_up = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
-        let mut files = [PollFd::new(&self.stream.tcp, PollFlags::RDHUP)];
+        let tcp = self.stream.state().tcp.clone();
+        let mut files = [PollFd::new(&tcp, PollFlags::RDHUP)];
         let found = poll(&mut files, Some(&Timespec::default())).is_ok_and(|count| count > 0);
         (found && files[0].revents().intersects(hung_up)).then(|| "it has hung up".to_owned())
     }
@@ -383,7 +498,7 @@ impl MessageSender {
         self.stream.state().session.finish();
         self.stream.flush().await?;
         // Fails when the connection is gone, which the flush would have found.
-        let _ = rustix::net::shutdown(&self.stream.tcp, Shutdown::Write);
+        let _ = rustix::net::shutdown(&self.stream.state().tcp, Shutdown::Write);
         Ok(())
     }
 
@@ -397,7 +512,7 @@ impl MessageSender {
         while !self.unsent.is_empty() {
             self.stream.check()?;
             match self.stream.try_send(&self.unsent).map_err(|fault| self.stream.gone(&fault.in_words()))? {
-                0 => self.stream.writable().await?,
+                0 => self.stream.ready(Interest::WRITABLE).await?,
                 sent => drop(self.unsent.drain(..sent)),
             }
         }
@@ -432,6 +547,33 @@ impl fmt::Debug for MessageSender {
     }
 }
 
+/// What the bytes before a message say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Prefix {
+    Alive,
+    HasAll,
+    Close { reason_len: usize },
+    Message { len: usize },
+}
+
+impl Prefix {
+    /// Reads any bytes.
+    ///
+    /// # Errors
+    /// [`WireError::TooLong`] when they announce a message of more than `limit` bytes.
+    fn of(bytes: [u8; PREFIX_BYTES], limit: usize) -> Result<Self, WireError> {
+        match u32::from_le_bytes(bytes) {
+            ALIVE => Ok(Self::Alive),
+            HAS_ALL => Ok(Self::HasAll),
+            close if close & !0xff == CLOSE => Ok(Self::Close { reason_len: (close & 0xff) as usize }),
+            len => match usize::try_from(len).unwrap_or(usize::MAX) {
+                len if len > limit => Err(WireError::TooLong { len, limit }),
+                len => Ok(Self::Message { len }),
+            },
+        }
+    }
+}
+
 impl MessageReceiver {
     /// Counts the other side as lost when it says nothing for a while, not even that it lives.
     pub(super) fn expect_signs_of_life(&mut self) {
@@ -457,20 +599,17 @@ impl MessageReceiver {
             }
             let mut prefix = [0; PREFIX_BYTES];
             prefix.copy_from_slice(&self.buffer[..PREFIX_BYTES]);
-            match u32::from_le_bytes(prefix) {
-                ALIVE => self.filled = 0,
-                HAS_ALL => {
+            match Prefix::of(prefix, self.limit)? {
+                Prefix::Alive => self.filled = 0,
+                Prefix::HasAll => {
                     self.filled = 0;
                     self.stream.peer_has_all.store(true, Ordering::Relaxed);
                     self.stream.news.notify_waiters();
                 }
-                close if close & !0xff == CLOSE => return Err(self.closed((close & 0xff) as usize).await?),
-                len => break usize::try_from(len).unwrap_or(usize::MAX),
+                Prefix::Close { reason_len } => return Err(self.closed(reason_len).await?),
+                Prefix::Message { len } => break len,
             }
         };
-        if len > self.limit {
-            return Err(WireError::TooLong { len, limit: self.limit }.into());
-        }
         if !self.fill(PREFIX_BYTES + len).await? {
             return Err(cut_short());
         }
@@ -500,12 +639,7 @@ impl MessageReceiver {
         }
         while self.filled < size {
             self.stream.check()?;
-            let received = {
-                let mut state = self.stream.state();
-                let into = &mut self.buffer[self.filled..size];
-                state.session.receive(&mut Socket::Tokio(&self.stream.tcp), into)
-            };
-            match received {
+            match self.stream.try_receive(&mut self.buffer[self.filled..size]) {
                 Ok(Received::Bytes(count)) => self.filled += count,
                 Ok(Received::End) => return Ok(false),
                 Ok(Received::Nothing) => self.readable().await?,
@@ -519,12 +653,7 @@ impl MessageReceiver {
     }
 
     async fn readable(&self) -> Result<(), Error> {
-        let readable = async {
-            tokio::select! {
-                ready = self.stream.tcp.readable() => ready.map_err(|error| self.stream.gone(&error.to_string())),
-                () = self.stream.ended() => self.stream.check(),
-            }
-        };
+        let readable = self.stream.ready(Interest::READABLE);
         let Some(silence) = self.silence else { return readable.await };
         match timeout(silence, readable).await {
             Ok(readable) => readable,
@@ -556,4 +685,36 @@ pub(super) fn gone(remote: SocketAddr, reason: &str) -> Error {
 fn cut_short() -> Error {
     let reason = "the lane ended inside a message".to_owned();
     WireError::Malformed { what: "message", reason }.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn any_prefix_is_one_of_ours_or_a_length_within_the_limit(bytes: [u8; 4], limit in 0..1_usize << 20) {
+            match Prefix::of(bytes, limit) {
+                Ok(Prefix::Alive) => prop_assert_eq!(bytes, ALIVE.to_le_bytes()),
+                Ok(Prefix::HasAll) => prop_assert_eq!(bytes, HAS_ALL.to_le_bytes()),
+                Ok(Prefix::Close { reason_len }) => {
+                    prop_assert!(reason_len <= REASON_LIMIT);
+                    prop_assert_eq!(bytes, (CLOSE + reason_len as u32).to_le_bytes());
+                }
+                Ok(Prefix::Message { len }) => prop_assert!(len <= limit),
+                Err(WireError::TooLong { len, .. }) => prop_assert!(len > limit),
+                Err(error) => prop_assert!(false, "{}", error),
+            }
+        }
+    }
+
+    #[test]
+    fn what_stands_instead_of_a_length_is_no_length_of_any_message() {
+        for special in [ALIVE, HAS_ALL, CLOSE, CLOSE + 255] {
+            assert!(special as usize > wire::MESSAGE_LIMIT);
+            assert!(!matches!(Prefix::of(special.to_le_bytes(), usize::MAX), Ok(Prefix::Message { .. })));
+        }
+    }
 }

@@ -4,19 +4,25 @@
 //! by the [`Flusher`] a moment later, for the caller may have gone away to compute. And after the peer's goodbye the rest of
 //! its data is taken off the socket, as far as there is room, so that the peer need not wait for this rank's
 //! caller before it leaves.
+//!
+//! A socket that breaks may be exchanged ([`mend`](super::mend)). Until it is, there is no room to send, and nothing
+//! to receive but what was saved from it.
 
 use std::io::{self, IoSlice};
 use std::net::TcpStream as StdTcpStream;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Waker;
 use std::time::Duration;
 
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::time::sleep;
 
-use super::session::{Fault, Received, Session, Socket};
+use super::channel::Protection;
+use super::mend::Line;
+use super::session::{Fault, Progress, Received, Session, SessionId, Socket};
 use crate::control_lane::LinkState;
 
 /// What is kept of a leaving peer's data until the caller reads it: all that can be on its way, by Linux's
@@ -40,13 +46,15 @@ pub(crate) struct DataStream {
 /// The data connection of a link.
 #[derive(Debug)]
 pub(super) struct Data {
-    pub(super) socket: StdTcpStream,
     half: Mutex<Half>,
+    /// Wakes the caller.
+    waker: Waker,
 }
 
 #[derive(Debug)]
 struct Half {
     session: Session,
+    socket: Arc<StdTcpStream>,
     /// Received bytes from `taken` on.
     backlog: Vec<u8>,
     taken: usize,
@@ -65,22 +73,47 @@ pub(super) struct Flusher {
 }
 
 impl DataStream {
-    pub(super) fn new(tcp: TcpStream, mut session: Session) -> io::Result<Self> {
+    pub(super) fn new(tcp: TcpStream, mut session: Session, protection: Protection) -> io::Result<Self> {
         session.expect_much();
-        let socket = tcp.into_std()?;
-        // A peer that computes for long leaves its window full, which this limit takes for its death. The
-        // control connection looks after that.
-        rustix::net::sockopt::set_tcp_user_timeout(&socket, 0)?;
-        Ok(Self { socket, session })
+        if protection == Protection::Plain {
+            session.leave_tls().map_err(|fault| io::Error::other(fault.in_words()))?;
+        }
+        Ok(Self { socket: for_data(tcp)?, session })
+    }
+
+    /// What both sides know its session by.
+    pub(super) fn id(&self) -> Result<SessionId, Fault> {
+        self.session.id()
+    }
+
+    /// Has it go on over another socket when its own breaks, of which `broken` is told.
+    pub(super) fn outlive_sockets(&mut self, broken: Arc<Notify>) {
+        self.session.outlive_sockets(broken);
     }
 }
 
+/// The socket of a data connection, as the caller's thread uses it.
+fn for_data(tcp: TcpStream) -> io::Result<StdTcpStream> {
+    let socket = tcp.into_std()?;
+    // A peer that computes for long leaves its window full, which this limit takes for its death. The
+    // control connection looks after that.
+    rustix::net::sockopt::set_tcp_user_timeout(&socket, 0)?;
+    Ok(socket)
+}
+
 impl Data {
-    pub(super) fn new(stream: DataStream) -> Self {
+    pub(super) fn new(stream: DataStream, waker: Waker) -> Self {
         let DataStream { socket, session } = stream;
-        let half =
-            Half { session, backlog: Vec::new(), taken: 0, received_end: false, closed: false, sent: false };
-        Self { socket, half: Mutex::new(half) }
+        let half = Half {
+            session,
+            socket: Arc::new(socket),
+            backlog: Vec::new(),
+            taken: 0,
+            received_end: false,
+            closed: false,
+            sent: false,
+        };
+        Self { half: Mutex::new(half), waker }
     }
 
     fn half(&self) -> MutexGuard<'_, Half> {
@@ -88,8 +121,10 @@ impl Data {
         self.half.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn plain(&self) -> Socket<'_> {
-        Socket::Plain(self.socket.as_fd())
+    /// What to wait on; `None` while there is nothing, in which case the caller is woken.
+    pub(super) fn socket(&self) -> Option<Arc<StdTcpStream>> {
+        let half = self.half();
+        half.session.broken().is_none().then(|| half.socket.clone())
     }
 
     /// Encrypts and sends as much of `parts` as there is room for; returns how much, and whether encrypted
@@ -97,7 +132,8 @@ impl Data {
     pub(super) fn send(&self, parts: &[IoSlice<'_>]) -> Result<(usize, bool), Fault> {
         let mut half = self.half();
         half.sent = true;
-        let sent = half.session.send(&mut self.plain(), parts)?;
+        let (session, socket) = half.parts();
+        let sent = session.send(&mut Socket::Plain(socket.as_fd()), parts)?;
         Ok((sent, half.session.has_unsent()))
     }
 
@@ -111,14 +147,15 @@ impl Data {
         if half.received_end {
             return Ok(Received::End);
         }
-        let received = half.session.receive(&mut self.plain(), into)?;
+        let (session, socket) = half.parts();
+        let received = session.receive(&mut Socket::Plain(socket.as_fd()), into)?;
         half.received_end = received == Received::End;
         Ok(received)
     }
 
     /// Sends what is left behind; `false` when there is no room for all of it.
     pub(super) fn flush(&self) -> Result<bool, Fault> {
-        self.half().session.flush(&mut self.plain())
+        self.half().flush()
     }
 
     /// Ends this side's data in order, behind what is left to send.
@@ -128,9 +165,10 @@ impl Data {
 
     /// Gives the connection up. Whatever waits for it on the I/O thread ends.
     pub(super) fn close(&self) {
-        self.half().closed = true;
+        let mut half = self.half();
+        half.closed = true;
         // Fails when it is gone already.
-        let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
+        let _ = rustix::net::shutdown(&half.socket, rustix::net::Shutdown::Both);
     }
 
     /// Sends all that is left behind, and waits for that as long as it takes.
@@ -148,7 +186,7 @@ impl Data {
     pub(super) async fn drain(&self, state: &LinkState) -> Result<(), Fault> {
         let mut pause = PAUSE.0;
         loop {
-            let pulled = self.half().pull(&mut self.plain())?;
+            let pulled = self.half().pull()?;
             if pulled != Received::Nothing {
                 state.wake();
             }
@@ -162,7 +200,69 @@ impl Data {
     }
 }
 
+impl Line for Data {
+    fn broken(&self) -> Option<Fault> {
+        self.half().session.broken().cloned()
+    }
+
+    fn over(&self) -> bool {
+        self.half().closed
+    }
+
+    fn cut(&self) -> u64 {
+        let mut half = self.half();
+        let (session, socket) = half.parts();
+        session.cut(socket.as_fd(), Fault::Cut);
+        let received = session.received();
+        drop(half);
+        // What was saved from the socket can be read.
+        self.waker.wake_by_ref();
+        received
+    }
+
+    fn rewind(&self, arrived: u64) -> Result<(), String> {
+        self.half().session.rewind(arrived)
+    }
+
+    fn attach(&self, tcp: TcpStream) -> io::Result<()> {
+        let mut half = self.half();
+        if half.closed {
+            return Err(io::Error::other("the link is closed"));
+        }
+        let socket = Arc::new(for_data(tcp)?);
+        if !half.session.resume() {
+            return Err(io::Error::other("the link has been given up"));
+        }
+        half.socket = socket;
+        drop(half);
+        self.waker.wake_by_ref();
+        Ok(())
+    }
+
+    fn flush(&self) -> bool {
+        // A broken connection is found by the caller and by the control lane.
+        Data::flush(self).unwrap_or(true)
+    }
+
+    fn progress(&self) -> Option<Progress> {
+        let half = self.half();
+        half.session.progress(half.socket.as_fd())
+    }
+
+    fn give_up(&self) {
+        self.half().session.give_up();
+    }
+}
+
 impl Half {
+    fn parts(&mut self) -> (&mut Session, &StdTcpStream) {
+        (&mut self.session, &self.socket)
+    }
+
+    fn flush(&mut self) -> Result<bool, Fault> {
+        self.session.flush(&mut Socket::Plain(self.socket.as_fd()))
+    }
+
     fn take_kept(&mut self, into: &mut [u8]) -> usize {
         let kept = &self.backlog[self.taken..];
         let count = kept.len().min(into.len());
@@ -175,12 +275,13 @@ impl Half {
     }
 
     /// Moves what has arrived into the backlog. `End` when nothing more will come.
-    fn pull(&mut self, socket: &mut Socket<'_>) -> Result<Received, Fault> {
+    fn pull(&mut self) -> Result<Received, Fault> {
         let mut pulled = 0;
         while !self.received_end && !self.closed && self.backlog.len() < BACKLOG_LIMIT {
             let filled = self.backlog.len();
             self.backlog.resize(filled + PULL_BYTES, 0);
-            let received = self.session.receive(socket, &mut self.backlog[filled..]);
+            let mut socket = Socket::Plain(self.socket.as_fd());
+            let received = self.session.receive(&mut socket, &mut self.backlog[filled..]);
             let count = if let Ok(Received::Bytes(count)) = received { count } else { 0 };
             self.backlog.truncate(filled + count);
             pulled += count;
@@ -246,7 +347,7 @@ impl Data {
         let mut half = self.half();
         let active = std::mem::replace(&mut half.sent, false);
         // A broken connection is found by the caller and by the control lane.
-        match half.session.flush(&mut self.plain()) {
+        match half.flush() {
             Ok(false) if !half.closed && active => Left::ByActive,
             Ok(false) if !half.closed => Left::ByIdle,
             _ => Left::Nothing,

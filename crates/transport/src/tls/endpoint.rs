@@ -5,7 +5,8 @@
 //! milliseconds, and those of somebody who never finishes them are the old ones.
 
 use std::collections::{HashMap, VecDeque};
-use std::net::{SocketAddr, TcpListener as StdTcpListener};
+use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr, TcpListener as StdTcpListener};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -13,25 +14,34 @@ use rustix::net::sockopt;
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ServerConfig};
 use serde::{Deserialize, Serialize};
-use tokio::net::{TcpListener, TcpStream};
+use socket2::SockRef;
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{sleep, timeout};
 
+use super::barred::{self, Barred};
+use super::channel::Protection;
 use super::connection::{Connection, Stream, gone};
 use super::data::DataStream;
 use super::first_message;
+use super::mend::{ANSWER_LIMIT, Answer, Failure, Lines, Mender, Resumption};
 use super::session::{Fault, Session, Socket};
 use crate::close::CloseCode;
 use crate::control_lane::{LinkConnection, MessageIn, MessageOut};
 use crate::identity::{Identity, MemberName};
 use crate::io::{IoHandle, Task};
 use crate::mesh::{CONTROL_LIMIT, DataOf, Lane, LinkEndpoint};
-use crate::{Error, credentials};
+use crate::newcomers::Newcomers;
+use crate::warnings::Warnings;
+use crate::{Error, credentials, random};
 
 /// The protocol's name in the TLS handshake. Not that of QUIC, so that neither can be taken for the other. The
 /// number is raised when releases cannot talk any more.
 const ALPN: &[u8] = b"paceline-tcp/1";
+
+/// The same for links whose data leaves TLS, so that neither side can be had to without wanting it.
+const PLAIN_ALPN: &[u8] = b"paceline-plain-tcp/1";
 
 /// The version of everything that is said after the TLS handshake. Raised when messages change; the
 /// refusal then names both versions.
@@ -67,11 +77,7 @@ const REFUSAL_GRACE: Duration = Duration::from_millis(500);
 /// Bytes of somebody who was refused that are read and dropped meanwhile.
 const REFUSAL_BYTES: usize = 64 * 1024;
 
-/// Warnings about refused connections in a second. The rest are counted: whoever connects ten thousand
-/// times must not fill the disk with it.
-const WARNINGS_PER_SECOND: u32 = 20;
-
-/// The longest hello, in bytes: a job name, a number and a ticket.
+/// The longest hello, in bytes: a job name, some numbers and a ticket.
 const HELLO_LIMIT: usize = 256;
 
 /// Dials members of a job over TCP as a member of it, without being dialled. Cheap to clone.
@@ -80,6 +86,10 @@ pub struct Dialler {
     io: IoHandle,
     client: Arc<ClientConfig>,
     identity: Identity,
+    /// The address it dials from, where that is not for the system to choose.
+    from: Option<IpAddr>,
+    /// That of the data of its links.
+    protection: Protection,
 }
 
 /// A TCP port on which a member of a job is dialled by other members, and with which it dials them.
@@ -100,6 +110,7 @@ struct Shared {
     local_addr: SocketAddr,
     accepted: tokio::sync::Mutex<mpsc::Receiver<Connection>>,
     expected: Arc<Expected>,
+    lines: Arc<Lines>,
     diversion: Arc<OnceLock<Diversion>>,
     _acceptor: Task<()>,
 }
@@ -127,8 +138,18 @@ struct GivenOut<'a>(&'a Expected, Ticket);
 struct Hello {
     protocol_version: u16,
     job: String,
-    /// On the data connection of a link.
-    ticket: Option<Ticket>,
+    wish: Wish,
+}
+
+/// What a connection is for.
+#[derive(Debug, Serialize, Deserialize)]
+enum Wish {
+    /// A lane of messages.
+    Messages,
+    /// The data connection of a link.
+    Data(Ticket),
+    /// Going on with a session that has lost its socket.
+    Resumption(Resumption),
 }
 
 /// The answer to [`Hello`]. Without it the dialling side has no connection: in TLS 1.3 a client is done before
@@ -144,6 +165,10 @@ struct BringData {
     ticket: Ticket,
 }
 
+/// The one who was let in with a ticket has left TLS behind: from now on the other side may send data without it.
+#[derive(Debug, Serialize, Deserialize)]
+struct LeftTls;
+
 /// Another service on the port: the protocol by which it is told apart, and where its clients go.
 type Diversion = (&'static [u8], mpsc::Sender<(TcpStream, SocketAddr)>);
 
@@ -154,14 +179,9 @@ struct Reception {
     job: String,
     accepted: mpsc::Sender<Connection>,
     expected: Arc<Expected>,
-    warnings: Mutex<Warnings>,
-}
-
-/// Keeps the log readable while strangers knock.
-struct Warnings {
-    second: Instant,
-    said: u32,
-    unsaid: u32,
+    lines: Arc<Lines>,
+    protection: Protection,
+    warnings: Warnings,
 }
 
 impl Dialler {
@@ -170,8 +190,12 @@ impl Dialler {
     /// # Errors
     /// [`Error::Identity`] when TLS cannot use the identity.
     pub fn new(io: &IoHandle, identity: &Identity) -> Result<Self, Error> {
-        let client = Arc::new(credentials::client_config(identity, ALPN)?);
-        Ok(Self { io: io.clone(), client, identity: identity.clone() })
+        Self::with_protection(io, identity, Protection::Encrypted)
+    }
+
+    fn with_protection(io: &IoHandle, identity: &Identity, protection: Protection) -> Result<Self, Error> {
+        let client = Arc::new(credentials::client_config(identity, protection.alpn())?);
+        Ok(Self { io: io.clone(), client, identity: identity.clone(), from: None, protection })
     }
 
     /// Who dials.
@@ -195,7 +219,7 @@ impl Dialler {
         member: &str,
         limit: Duration,
     ) -> Result<Connection, Error> {
-        let stream = self.dial_within(addr, member, None, limit).await?;
+        let stream = self.dial_within(addr, member, Wish::Messages, limit).await?;
         Ok(Connection::new(stream, member))
     }
 
@@ -203,60 +227,121 @@ impl Dialler {
         &self,
         addr: SocketAddr,
         member: &str,
-        ticket: Option<Ticket>,
+        wish: Wish,
         limit: Duration,
     ) -> Result<Arc<Stream>, Error> {
         let (this, member) = (self.clone(), member.to_owned());
         let dial = async move {
-            timeout(limit, this.dial(addr, &member, ticket)).await.unwrap_or_else(|_| {
+            timeout(limit, this.dial(addr, &member, wish)).await.unwrap_or_else(|_| {
                 Err(Error::TimedOut { what: format!("an answer from {member} at {addr}"), elapsed: limit })
             })
         };
         self.io.run(dial).await?
     }
 
-    async fn dial(
-        &self,
-        addr: SocketAddr,
-        member: &str,
-        ticket: Option<Ticket>,
-    ) -> Result<Arc<Stream>, Error> {
-        let refused = |fault: Fault| gone(addr, &fault.in_words());
-        let name = self.identity.server_name(member);
-        let name =
-            ServerName::try_from(name).map_err(|error| gone(addr, &format!("cannot dial: {error}")))?;
-        let mut session = Session::client(self.client.clone(), name).map_err(refused)?;
+    async fn dial(&self, addr: SocketAddr, member: &str, wish: Wish) -> Result<Arc<Stream>, Error> {
         // Nobody there yet, or a network that is not: worth another try, unlike a refusal.
-        let tcp = TcpStream::connect(addr)
+        let tcp = connect(addr, self.from, None)
             .await
             .map_err(|error| Error::Unreachable { remote: addr, reason: error.to_string() })?;
-        prepare(&tcp).map_err(|error| gone(addr, &error.to_string()))?;
-        shake_hands(&tcp, &mut session).await.map_err(refused)?;
+        let session = self.secure(&tcp, member).await.map_err(|fault| gone(addr, &fault.in_words()))?;
         let stream = Stream::new(tcp, addr, session);
         let (mut sender, mut receiver) = stream.lane(HELLO_LIMIT);
-        let hello = Hello { protocol_version: PROTOCOL_VERSION, job: self.identity.job().to_owned(), ticket };
         // A refusal is found by receiving, which knows the reason.
-        let _ = sender.send(&hello).await;
+        let _ = sender.send(&self.hello(wish)).await;
         match receiver.recv::<Welcome>().await? {
             Some(_) => Ok(stream),
             None => Err(gone(addr, "it ended the conversation without a welcome")),
         }
     }
+
+    /// Dials for a session that has lost its socket, and completes the handshake. Runs on the I/O thread; the caller
+    /// limits the time.
+    pub(super) async fn dial_securely(
+        &self,
+        addr: SocketAddr,
+        member: &str,
+        longest_segment: Option<u32>,
+        limit: Duration,
+    ) -> Result<Arc<Stream>, Failure> {
+        let connecting = timeout(limit, connect(addr, self.from, longest_segment));
+        let connected = connecting.await.unwrap_or_else(|_| Err(ErrorKind::TimedOut.into()));
+        let tcp = connected.map_err(|error| match error.kind() {
+            // Its host says that nobody listens there: the process is gone.
+            ErrorKind::ConnectionRefused => Failure::Final(error.to_string()),
+            _ => Failure::Later(error.to_string()),
+        })?;
+        let session = self.secure(&tcp, member).await.map_err(|fault| match fault {
+            Fault::Tls(_) => Failure::Final(fault.in_words()),
+            _ => Failure::Later(fault.in_words()),
+        })?;
+        Ok(Stream::new(tcp, addr, session))
+    }
+
+    /// Asks for the other side of a session. Nothing more may be said in TLS on the connection then.
+    pub(super) async fn ask(&self, stream: &Arc<Stream>, resumption: Resumption) -> Result<Answer, Failure> {
+        let (mut sender, mut receiver) = stream.lane(ANSWER_LIMIT);
+        // A refusal is found by receiving, which knows the reason.
+        let _ = sender.send(&self.hello(Wish::Resumption(resumption))).await;
+        match receiver.recv::<Answer>().await {
+            Ok(Some(answer)) => Ok(answer),
+            Ok(None) => Err(Failure::Later("it ended the conversation without an answer".to_owned())),
+            Err(Error::Wire(error)) => Err(Failure::Final(error.to_string())),
+            Err(error) => Err(Failure::Later(error.to_string())),
+        }
+    }
+
+    /// Completes the TLS handshake with `member`, as the one who dialled.
+    async fn secure(&self, tcp: &TcpStream, member: &str) -> Result<Session, Fault> {
+        let name = self.identity.server_name(member);
+        // A name that is none is the only error.
+        let name = ServerName::try_from(name).map_err(|error| rustls::Error::General(error.to_string()))?;
+        let mut session = Session::client(self.client.clone(), name)?;
+        prepare(tcp)?;
+        shake_hands(tcp, &mut session).await?;
+        Ok(session)
+    }
+
+    fn hello(&self, wish: Wish) -> Hello {
+        Hello { protocol_version: PROTOCOL_VERSION, job: self.identity.job().to_owned(), wish }
+    }
 }
 
 impl Endpoint {
-    /// Opens a TCP port at `addr` (port 0: any free one) for the member `identity`.
+    /// Opens a TCP port at `addr` (port 0: any free one) for the member `identity`. If that is the address of one
+    /// interface, other members of the same family are dialled from it.
     ///
     /// # Errors
     /// [`Error::Bind`] with the operating system's reason, [`Error::Identity`] when TLS cannot use the identity.
     pub fn bind(io: &IoHandle, addr: SocketAddr, identity: &Identity) -> Result<Self, Error> {
-        let server = Arc::new(credentials::server_config(identity, ALPN)?);
-        let dialler = Dialler::new(io, identity)?;
+        Self::bind_with(io, addr, identity, Protection::Encrypted)
+    }
+
+    /// [`bind`](Endpoint::bind) for links whose **data is not protected**: anybody on the way can read and change
+    /// it. Members still show their certificates, and control messages stay in TLS. It forms links with endpoints
+    /// of its kind alone.
+    ///
+    /// # Errors
+    /// As [`bind`](Endpoint::bind).
+    pub fn bind_plain(io: &IoHandle, addr: SocketAddr, identity: &Identity) -> Result<Self, Error> {
+        Self::bind_with(io, addr, identity, Protection::Plain)
+    }
+
+    fn bind_with(
+        io: &IoHandle,
+        addr: SocketAddr,
+        identity: &Identity,
+        protection: Protection,
+    ) -> Result<Self, Error> {
+        let server = Arc::new(credentials::server_config(identity, protection.alpn())?);
+        let from = Some(addr.ip()).filter(|ip| !ip.is_unspecified());
+        let dialler = Dialler { from, ..Dialler::with_protection(io, identity, protection)? };
         let failed =
             |error: std::io::Error| Error::Bind { addr, reason: error.to_string(), kind: error.kind() };
         let (listener, local_addr) = listen(io, addr).map_err(failed)?;
         let (sender, accepted) = mpsc::channel(ACCEPTED_LIMIT);
         let expected = Arc::new(Expected::default());
+        let lines = Arc::new(Lines::default());
         let diversion = Arc::default();
         let reception = Arc::new(Reception {
             diversion: Arc::clone(&diversion),
@@ -264,12 +349,14 @@ impl Endpoint {
             job: identity.job().to_owned(),
             accepted: sender,
             expected: expected.clone(),
-            warnings: Mutex::new(Warnings { second: Instant::now(), said: 0, unsaid: 0 }),
+            lines: lines.clone(),
+            protection,
+            warnings: Warnings::new(),
         });
         let accepted = tokio::sync::Mutex::new(accepted);
         // Only the task holds the other end of `accepted`: when it ends, so does every wait for a connection.
         let _acceptor = io.task(accept_all(listener, reception));
-        let shared = Shared { local_addr, accepted, expected, diversion, _acceptor };
+        let shared = Shared { local_addr, accepted, expected, lines, diversion, _acceptor };
         Ok(Self { dialler, shared: Arc::new(shared) })
     }
 
@@ -289,6 +376,10 @@ impl Endpoint {
     /// The address it listens on, with the port that was chosen.
     pub fn local_addr(&self) -> SocketAddr {
         self.shared.local_addr
+    }
+
+    pub(super) fn protection(&self) -> Protection {
+        self.dialler.protection
     }
 
     /// Who this endpoint is.
@@ -317,6 +408,13 @@ impl Endpoint {
     pub async fn accept(&self) -> Result<Connection, Error> {
         let closed = || Error::Usage { reason: "the endpoint is closed".to_owned() };
         self.shared.accepted.lock().await.recv().await.ok_or_else(closed)
+    }
+
+    /// Mends a session's socket for as long as the returned value lives, whoever of both sides finds it broken;
+    /// calls `lost` with how it broke when that fails.
+    pub(super) fn mend(&self, mender: Mender, lost: impl FnOnce(&Fault) + Send + 'static) -> Task<()> {
+        let (lines, dialler) = (self.shared.lines.clone(), self.dialler.clone());
+        self.dialler.io.task(mender.run(lines, dialler, lost))
     }
 }
 
@@ -358,7 +456,13 @@ impl LinkEndpoint for Endpoint {
             return Err(gone(addr, "it ended the conversation without a ticket"));
         };
         let member = connection.member();
-        self.dialler.dial_within(addr, member, Some(ticket), HANDSHAKE_LIMIT).await?.into_data()
+        let protection = self.dialler.protection;
+        let stream = self.dialler.dial_within(addr, member, Wish::Data(ticket), HANDSHAKE_LIMIT).await?;
+        let data = stream.into_data(protection)?;
+        if protection == Protection::Plain {
+            MessageOut::send(&mut control.0, &LeftTls).await?;
+        }
+        Ok(data)
     }
 
     async fn accept_data(
@@ -369,9 +473,26 @@ impl LinkEndpoint for Endpoint {
         let (given_out, arrived) = self.shared.expected.give_out(connection.member())?;
         MessageOut::send(&mut control.0, &BringData { ticket: given_out.1 }).await?;
         let gave_up = |_| gone(connection.remote_address(), "its data connection was not made");
-        tokio::select! {
-            stream = arrived => stream.map_err(gave_up),
-            end = connection.ended() => Err(gone(connection.remote_address(), &format!("{end:?}"))),
+        let data = tokio::select! {
+            stream = arrived => stream.map_err(gave_up)?,
+            end = connection.ended() => {
+                return Err(gone(connection.remote_address(), &format!("{end:?}")));
+            }
+        };
+        if self.dialler.protection == Protection::Plain
+            && MessageIn::recv::<LeftTls>(&mut control.1).await?.is_none()
+        {
+            return Err(gone(connection.remote_address(), "it ended the conversation before its data began"));
+        }
+        Ok(data)
+    }
+}
+
+impl Protection {
+    fn alpn(self) -> &'static [u8] {
+        match self {
+            Self::Encrypted => ALPN,
+            Self::Plain => PLAIN_ALPN,
         }
     }
 }
@@ -384,12 +505,8 @@ impl Expected {
 
     /// A new ticket for `member`, and where its connection will arrive.
     fn give_out(&self, member: &str) -> Result<(GivenOut<'_>, oneshot::Receiver<DataStream>), Error> {
-        let mut ticket = Ticket::default();
-        let mut filled = 0;
-        while filled < ticket.len() {
-            let more = rustix::rand::getrandom(&mut ticket[filled..], rustix::rand::GetRandomFlags::empty());
-            filled += more.map_err(|error| Error::Usage { reason: format!("no random numbers: {error}") })?;
-        }
+        let ticket: Ticket = random::bytes()
+            .map_err(|error| Error::Usage { reason: format!("no random numbers: {error}") })?;
         let (arrived, arrival) = oneshot::channel();
         self.lock().insert(ticket, Expectation { member: member.to_owned(), arrived });
         Ok((GivenOut(self, ticket), arrival))
@@ -433,6 +550,23 @@ fn prepare(tcp: &TcpStream) -> std::io::Result<()> {
     Ok(())
 }
 
+/// Connects from the address `from`, where it is of the same family, and with segments of at most that many bytes in
+/// either direction.
+async fn connect(
+    addr: SocketAddr,
+    from: Option<IpAddr>,
+    longest_segment: Option<u32>,
+) -> std::io::Result<TcpStream> {
+    let socket = if addr.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    if let Some(longest) = longest_segment {
+        SockRef::from(&socket).set_tcp_mss(longest)?;
+    }
+    if let Some(from) = from.filter(|from| from.is_ipv4() == addr.is_ipv4()) {
+        socket.bind(SocketAddr::new(from, 0))?;
+    }
+    socket.connect(addr).await
+}
+
 /// Completes the TLS handshake, on either side.
 async fn shake_hands(tcp: &TcpStream, session: &mut Session) -> Result<(), Fault> {
     let mut socket = Socket::Tokio(tcp);
@@ -459,10 +593,19 @@ async fn shake_hands(tcp: &TcpStream, session: &mut Session) -> Result<(), Fault
 async fn accept_all(listener: TcpListener, reception: Arc<Reception>) {
     let mut handshakes = JoinSet::new();
     let mut by_age: VecDeque<AbortHandle> = VecDeque::new();
+    let mut newcomers = Newcomers::new(Instant::now());
+    let mut barred = Barred::default();
     loop {
         let incoming = tokio::select! {
             incoming = listener.accept() => incoming,
             Some(_) = handshakes.join_next() => continue,
+            () = sleep_until(barred.next()) => {
+                if let Err(error) = barred.free(Instant::now(), &listener) {
+                    tracing::warn!(%error, "cannot let addresses in that have asked for too many handshakes");
+                    sleep(ACCEPT_PAUSE).await;
+                }
+                continue;
+            }
         };
         let (tcp, addr) = match incoming {
             Ok(incoming) => incoming,
@@ -472,15 +615,29 @@ async fn accept_all(listener: TcpListener, reception: Arc<Reception>) {
                 continue;
             }
         };
+        barred::release(&tcp);
+        // A dual-stack socket reports IPv4 peers as mapped addresses, which nobody recognises in a log.
+        let remote = SocketAddr::new(addr.ip().to_canonical(), addr.port());
+        if !newcomers.admit(remote.ip(), Instant::now()) {
+            reception.warnings.warn(remote, "its address has asked for too many handshakes");
+            // Without a filter it is hung up on each time, which does the same at a price.
+            let _ = barred.add(remote.ip(), Instant::now(), &listener);
+            continue;
+        }
         by_age.retain(|handshake| !handshake.is_finished());
         if by_age.len() >= HANDSHAKES_LIMIT
             && let Some(oldest) = by_age.pop_front()
         {
             oldest.abort();
         }
-        // A dual-stack socket reports IPv4 peers as mapped addresses, which nobody recognises in a log.
-        let remote = SocketAddr::new(addr.ip().to_canonical(), addr.port());
         by_age.push_back(handshakes.spawn(let_in(tcp, remote, reception.clone())));
+    }
+}
+
+async fn sleep_until(instant: Option<Instant>) {
+    match instant {
+        Some(instant) => tokio::time::sleep_until(instant.into()).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -492,7 +649,7 @@ async fn let_in(tcp: TcpStream, remote: SocketAddr, reception: Arc<Reception>) {
         Ok(Err(reason)) => reason,
         Err(_) => format!("its handshake was not finished within {} s", HANDSHAKE_LIMIT.as_secs()),
     };
-    reception.warn(remote, &reason);
+    reception.warnings.warn(remote, &reason);
 }
 
 async fn welcome(tcp: TcpStream, remote: SocketAddr, reception: &Reception) -> Result<(), String> {
@@ -512,18 +669,24 @@ async fn welcome(tcp: TcpStream, remote: SocketAddr, reception: &Reception) -> R
     let name = MemberName::of(certificate)?;
     let stream = Stream::new(tcp, remote, session);
     match greet(&stream, &name, reception).await {
-        Ok(Some(arrived)) => {
-            let data = stream.into_data().map_err(|error| error.to_string())?;
+        Ok(Greeted::Resumption(resumption)) => {
+            reception.lines.answer(stream, &name.member, resumption).await;
+            Ok(())
+        }
+        Ok(Greeted::Data(arrived)) => {
+            let data = stream.into_data(reception.protection).map_err(|error| error.to_string())?;
             // Whoever has waited may have given up, and tells the other side over the control connection.
             drop(arrived.send(data));
             Ok(())
         }
-        Ok(None) => match reception.accepted.try_send(Connection::new(stream.clone(), &name.member)) {
-            Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => Ok(()),
-            Err(mpsc::error::TrySendError::Full(_)) => {
-                Err(refuse(&stream, "too many connections wait to be accepted"))
+        Ok(Greeted::Member) => {
+            match reception.accepted.try_send(Connection::new(stream.clone(), &name.member)) {
+                Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => Ok(()),
+                Err(mpsc::error::TrySendError::Full(_)) => {
+                    Err(refuse(&stream, "too many connections wait to be accepted"))
+                }
             }
-        },
+        }
         // In the error of a connection only the reason is news here; the address is logged beside it.
         Err(Error::Refused { reason, .. }) => Err(refuse(&stream, &reason)),
         Err(error) => Err(refuse(&stream, &error.to_string())),
@@ -546,7 +709,7 @@ async fn say_goodbye_to_a_stranger(tcp: &TcpStream) {
             match tcp.try_read(&mut buffer) {
                 Ok(0) => return,
                 Ok(count) => read += count,
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     if tcp.readable().await.is_err() {
                         return;
                     }
@@ -558,13 +721,17 @@ async fn say_goodbye_to_a_stranger(tcp: &TcpStream) {
     let _ = timeout(REFUSAL_GRACE, read_all).await;
 }
 
-/// Hears what the client wants and answers its hello; what does not fit is an error. For the data connection of
-/// a link, returns where it goes.
-async fn greet(
-    stream: &Arc<Stream>,
-    name: &MemberName,
-    reception: &Reception,
-) -> Result<Option<oneshot::Sender<DataStream>>, Error> {
+/// What a client that has been let in came for.
+enum Greeted {
+    Member,
+    /// The data connection of a link, and where it goes.
+    Data(oneshot::Sender<DataStream>),
+    /// Going on with a session that has lost its socket.
+    Resumption(Resumption),
+}
+
+/// Hears what the client wants and answers its hello; what does not fit is an error.
+async fn greet(stream: &Arc<Stream>, name: &MemberName, reception: &Reception) -> Result<Greeted, Error> {
     let refused = |reason: String| stream.gone(&reason);
     let job = &reception.job;
     if name.job != *job {
@@ -572,7 +739,7 @@ async fn greet(
     }
     let (mut sender, mut receiver) = stream.lane(HELLO_LIMIT);
     let hello = receiver.recv::<Hello>().await?;
-    let Hello { protocol_version, job: theirs, ticket } =
+    let Hello { protocol_version, job: theirs, wish } =
         hello.ok_or_else(|| refused("it ended the conversation without a hello".to_owned()))?;
     if protocol_version != PROTOCOL_VERSION {
         return Err(refused(format!(
@@ -582,44 +749,21 @@ async fn greet(
     if theirs != *job {
         return Err(refused(format!("it is looking for the job {theirs:?} and this is {job:?}")));
     }
-    let arrived = match ticket {
-        Some(ticket) => Some(reception.expected.take(&ticket, &name.member).map_err(refused)?),
-        None => None,
+    let greeted = match wish {
+        Wish::Messages => Greeted::Member,
+        Wish::Data(ticket) => Greeted::Data(reception.expected.take(&ticket, &name.member).map_err(refused)?),
+        Wish::Resumption(resumption) => return Ok(Greeted::Resumption(resumption)),
     };
     sender.send(&Welcome { protocol_version: PROTOCOL_VERSION }).await?;
-    Ok(arrived)
-}
-
-impl Reception {
-    fn warn(&self, remote: SocketAddr, reason: &str) {
-        // Numbers stay numbers whatever happened to another holder.
-        let mut warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
-        match warnings.may_say(Instant::now()) {
-            Some(0) => tracing::warn!(%remote, reason, "refused a connection"),
-            Some(unsaid) => tracing::warn!(%remote, reason, unsaid, "refused a connection"),
-            None => {}
-        }
-    }
-}
-
-impl Warnings {
-    /// Whether another warning may be said now, and how many were not since the last one.
-    fn may_say(&mut self, now: Instant) -> Option<u32> {
-        if now.saturating_duration_since(self.second) >= Duration::from_secs(1) {
-            (self.second, self.said) = (now, 0);
-        }
-        if self.said >= WARNINGS_PER_SECOND {
-            self.unsaid = self.unsaid.saturating_add(1);
-            return None;
-        }
-        self.said += 1;
-        Some(std::mem::take(&mut self.unsaid))
-    }
+    Ok(greeted)
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::wire;
 
     #[test]
     fn a_ticket_is_good_once_and_for_one_member() {
@@ -636,13 +780,14 @@ mod tests {
         assert!(expected.take(&ticket, "a").is_err(), "nobody waits any more");
     }
 
-    #[test]
-    fn a_flood_of_refusals_is_counted_and_not_logged_one_by_one() {
-        let start = Instant::now();
-        let mut warnings = Warnings { second: start, said: 0, unsaid: 0 };
-        let said = (0..1000).filter(|_| warnings.may_say(start).is_some()).count();
-        assert_eq!(said, WARNINGS_PER_SECOND as usize);
-        assert_eq!(warnings.may_say(start + Duration::from_secs(1)), Some(1000 - WARNINGS_PER_SECOND));
-        assert_eq!(warnings.may_say(start + Duration::from_secs(1)), Some(0));
+    proptest! {
+        #[test]
+        fn any_bytes_are_a_message_of_the_handshake_or_an_error(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            let _ = wire::decode::<Welcome>(&bytes);
+            let _ = wire::decode::<BringData>(&bytes);
+            if let Ok(Hello { wish: Wish::Data(ticket), .. }) = wire::decode::<Hello>(&bytes) {
+                prop_assert!(Expected::default().take(&ticket, "a").is_err());
+            }
+        }
     }
 }

@@ -2,14 +2,14 @@
 //! client that follows QUIC's protocol by hand and can therefore break it.
 #![allow(dead_code, unused_macros, unused_imports, reason = "each test binary uses a part of it")]
 
-use std::io::IoSlice;
-use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::io::{IoSlice, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use paceline_transport::identity::{Identity, JobAuthority};
 use paceline_transport::quic::{self, QuicTransport};
-use paceline_transport::tls::{self, TlsTransport};
+use paceline_transport::tls::{self, StripedTransport, TlsTransport};
 use paceline_transport::{Error, IoHandle, IoThread, Member, Roster, Transport, wire};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -67,14 +67,18 @@ pub trait Kind: 'static {
 
 pub enum Quic {}
 pub enum Tls {}
+/// TLS over two addresses of each rank: that it is bound to, and 127.0.0.2 with the same port.
+pub enum Striped {}
+/// TLS whose data connections leave it.
+pub enum Tcp {}
 
 macro_rules! kind {
-    ($kind:ty, $module:ident, $transport:ty) => {
+    ($kind:ty, $module:ident, $transport:ty, $bind:ident) => {
         type Endpoint = $module::Endpoint;
         type Transport = $transport;
 
         fn bind(io: &IoHandle, addr: SocketAddr, identity: &Identity) -> Result<$module::Endpoint, Error> {
-            $module::Endpoint::bind(io, addr, identity)
+            $module::Endpoint::$bind(io, addr, identity)
         }
 
         fn local_addr(endpoint: &$module::Endpoint) -> SocketAddr {
@@ -103,7 +107,7 @@ impl Kind for Quic {
     const WINDOW: std::ops::RangeInclusive<usize> = (2 << 20) - 1..=2 << 20;
     const CUT: &'static str = "it ended without leaving";
     type Silence = UdpSocket;
-    kind!(Quic, quic, QuicTransport);
+    kind!(Quic, quic, QuicTransport, bind);
 
     fn silence() -> (UdpSocket, SocketAddr) {
         let socket = UdpSocket::bind(loopback()).expect("a free port");
@@ -122,7 +126,7 @@ impl Kind for Tls {
     const WINDOW: std::ops::RangeInclusive<usize> = 64 << 10..=16 << 20;
     const CUT: &'static str = "ended without a goodbye";
     type Silence = TcpListener;
-    kind!(Tls, tls, TlsTransport);
+    kind!(Tls, tls, TlsTransport, bind);
 
     fn silence() -> (TcpListener, SocketAddr) {
         let socket = TcpListener::bind(loopback()).expect("a free port");
@@ -135,11 +139,73 @@ impl Kind for Tls {
     }
 }
 
+impl Kind for Striped {
+    const NAME: &'static str = "tls";
+    /// What two sockets hold.
+    const WINDOW: std::ops::RangeInclusive<usize> = 128 << 10..=32 << 20;
+    const CUT: &'static str = Tls::CUT;
+    type Endpoint = [tls::Endpoint; 2];
+    type Transport = StripedTransport;
+    type Silence = TcpListener;
+
+    fn bind(io: &IoHandle, addr: SocketAddr, identity: &Identity) -> Result<Self::Endpoint, Error> {
+        let first = tls::Endpoint::bind(io, addr, identity)?;
+        let second = tls::Endpoint::bind(io, second_address(first.local_addr()), identity)?;
+        Ok([first, second])
+    }
+
+    fn local_addr(endpoint: &Self::Endpoint) -> SocketAddr {
+        endpoint[0].local_addr()
+    }
+
+    fn connect(endpoint: &Self::Endpoint, roster: Roster, until: Instant) -> Result<StripedTransport, Error> {
+        let mut second = roster.clone();
+        second.members.iter_mut().for_each(|member| member.addr = second_address(member.addr));
+        let first = TlsTransport::connect(&endpoint[0], roster, until)?;
+        let second = first.connect_beside(&endpoint[1], second, until, std::future::pending())?;
+        StripedTransport::new(vec![first, second])
+    }
+
+    fn accept_and_drop(io: &IoHandle, endpoint: &Self::Endpoint) -> String {
+        Tls::accept_and_drop(io, &endpoint[0])
+    }
+
+    fn silence() -> (TcpListener, SocketAddr) {
+        Tls::silence()
+    }
+
+    fn dialled(silence: &TcpListener) {
+        Tls::dialled(silence);
+    }
+}
+
+impl Kind for Tcp {
+    const NAME: &'static str = "tcp";
+    const WINDOW: std::ops::RangeInclusive<usize> = Tls::WINDOW;
+    const CUT: &'static str = Tls::CUT;
+    type Silence = TcpListener;
+    kind!(Tcp, tls, TlsTransport, bind_plain);
+
+    fn silence() -> (TcpListener, SocketAddr) {
+        Tls::silence()
+    }
+
+    fn dialled(silence: &TcpListener) {
+        Tls::dialled(silence);
+    }
+}
+
+fn second_address(first: SocketAddr) -> SocketAddr {
+    SocketAddr::new(Ipv4Addr::new(127, 0, 0, 2).into(), first.port())
+}
+
 /// Each of these behaviours as a test on every kind of links.
 macro_rules! on_every_kind {
     ($($name:ident),* $(,)?) => {
         mod quic { $(#[test] fn $name() { super::$name::<crate::common::Quic>(); })* }
         mod tls { $(#[test] fn $name() { super::$name::<crate::common::Tls>(); })* }
+        mod striped { $(#[test] fn $name() { super::$name::<crate::common::Striped>(); })* }
+        mod tcp { $(#[test] fn $name() { super::$name::<crate::common::Tcp>(); })* }
     };
 }
 pub(crate) use on_every_kind;
@@ -158,7 +224,9 @@ impl<K: Kind> Group<K> {
         let ios: Vec<_> = (0..world_size).map(|_| IoThread::start().expect("a thread")).collect();
         let bind = |(rank, io): (usize, &IoThread)| {
             let identity = identity(&authority, &format!("m{rank}"));
-            K::bind(&io.handle(), loopback(), &identity).expect("a free port on loopback")
+            // A kind with two addresses wants the same port at both, and another process may have the second one.
+            let tries = (0..20).map(|_| K::bind(&io.handle(), loopback(), &identity));
+            tries.flatten().next().expect("a free port on loopback")
         };
         let endpoints = ios.iter().enumerate().map(bind).collect();
         Self { authority, ios, endpoints }
@@ -310,6 +378,14 @@ pub fn raw_config(disguise: &Disguise<'_>) -> quinn::ClientConfig {
 
 /// The settings of a TLS client that is not ours.
 pub fn raw_tls_config(disguise: &Disguise<'_>) -> rustls::ClientConfig {
+    tls_config_of(disguise, &rustls::version::TLS13)
+}
+
+/// The same for one version of TLS, whichever.
+pub fn tls_config_of(
+    disguise: &Disguise<'_>,
+    version: &'static rustls::SupportedProtocolVersion,
+) -> rustls::ClientConfig {
     let certificates = |identity: &Identity| -> Vec<CertificateDer<'static>> {
         let pem = identity.to_pem();
         CertificateDer::pem_slice_iter(pem.as_bytes()).collect::<Result<_, _>>().expect("our own PEM")
@@ -318,8 +394,8 @@ pub fn raw_tls_config(disguise: &Disguise<'_>) -> rustls::ClientConfig {
     roots.add(certificates(disguise.trusts).remove(1)).expect("an authority");
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let builder = rustls::ClientConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .expect("TLS 1.3")
+        .with_protocol_versions(&[version])
+        .expect("a version that the provider has")
         .with_root_certificates(roots);
     let mut tls = match disguise.shows {
         None => builder.with_no_client_auth(),
@@ -343,6 +419,27 @@ pub async fn raw_lane(connection: &quinn::Connection, kind: u8) -> (quinn::SendS
     let (mut send, recv) = connection.open_bi().await.expect("the connection is open");
     send.write_all(&[kind]).await.expect("the connection is open");
     (send, recv)
+}
+
+/// Passes bytes between whoever dials it and `server`, and keeps what the dialling side has sent.
+pub fn relay(server: SocketAddr) -> (SocketAddr, Arc<Mutex<Vec<u8>>>) {
+    let listener = TcpListener::bind(loopback()).expect("a free port");
+    let (addr, sent) = (listener.local_addr().expect("bound"), Arc::new(Mutex::new(Vec::new())));
+    let kept = sent.clone();
+    std::thread::spawn(move || {
+        let (client, _) = listener.accept().expect("somebody dials");
+        let upstream = TcpStream::connect(server).expect("the server listens");
+        let (mut from, mut to) = (upstream.try_clone().expect("a copy"), client.try_clone().expect("a copy"));
+        std::thread::spawn(move || std::io::copy(&mut from, &mut to));
+        let (mut from, mut to, mut buffer) = (client, upstream, [0; 4096]);
+        while let Ok(count @ 1..) = from.read(&mut buffer) {
+            kept.lock().expect("no panic").extend_from_slice(&buffer[..count]);
+            if to.write_all(&buffer[..count]).is_err() {
+                return;
+            }
+        }
+    });
+    (addr, sent)
 }
 
 /// A message as it is on a lane.

@@ -85,6 +85,11 @@ impl Caller {
         true
     }
 
+    /// Drives once.
+    pub(in crate::quic) fn drive(&self) {
+        self.shared.drive(Instant::now());
+    }
+
     /// Drives and parks until the waker is used or `until` has passed.
     pub(in crate::quic) fn wait(&mut self, until: Instant) {
         loop {

@@ -141,9 +141,15 @@ impl Core {
         stream: StreamId,
         piece: &[u8],
     ) -> Result<usize, quinn_proto::WriteError> {
-        let copy = self.written.copy(piece).freeze();
-        let written = self.entries[id].proto.send_stream(stream).write_chunks(&mut [copy])?;
-        Ok(written.bytes)
+        let entry = &mut self.entries[id];
+        let mut stream = entry.proto.send_stream(stream);
+        let written = if entry.tight {
+            stream.write(piece)?
+        } else {
+            stream.write_chunks(&mut [self.written.copy(piece).freeze()])?.bytes
+        };
+        entry.tight = written < piece.len();
+        Ok(written)
     }
 
     /// Has the next turn ask a connection for packets.

@@ -16,6 +16,9 @@ pub(super) struct Entry {
     pub(super) connected: bool,
     /// How it ended, once it has.
     pub(super) error: Option<ConnectionError>,
+    /// Whether a stream has taken less than it was given, so that the next piece is copied only as far as it is
+    /// taken: what a peer lets pass byte by byte must not hold a buffer for each.
+    pub(super) tight: bool,
     /// Whether it is in the queue of those that may have something to send.
     pub(super) queued: bool,
     /// Whether it is in the list of those that got a packet in this turn.
@@ -42,6 +45,7 @@ impl Entry {
             held: true,
             connected: false,
             error: None,
+            tight: false,
             queued: false,
             touched: false,
             deadline: None,

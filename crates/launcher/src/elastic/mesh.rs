@@ -1,0 +1,471 @@
+//! What the launchers of a job whose membership may change say to each other: messages of the membership, where their
+//! workers are reached, and who else there is.
+//!
+//! Each launcher dials each other one, over TLS with the job's certificates, and speaks on the connections that it has
+//! dialled; on those that it has accepted it listens. Node 0 listens at the endpoint that all know. Whoever comes says
+//! where it is reached itself, and everybody tells everybody else whom they know. So a launcher that takes the place of
+//! one that died finds the others through node 0, and a node 0 that does is found by the others.
+//!
+//! A message may be lost with its connection; the membership sees to that. What else must be known is said again on
+//! every new connection.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use paceline_runtime::elastic::pipe::{Contact, Wish};
+use paceline_runtime::membership::{Checked, Envelope, Incarnation, MAX_WORKERS};
+use paceline_runtime::nodes::launcher;
+use paceline_transport::tls::{Connection, Endpoint, MessageReceiver};
+use paceline_transport::{Error as TransportError, IoHandle};
+use serde::{Deserialize, Serialize};
+use tokio::net::{TcpStream, lookup_host};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
+
+use super::membership::Input;
+
+/// Pauses between attempts to reach another launcher. The longest is short enough for one that comes again to be a
+/// member within a second or two.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(800));
+
+/// How long whoever has dialled may take to say which launcher it is, and how long one message may take to go out: a
+/// launcher that is frozen takes nothing.
+const WORD_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long a host may take to say whether anybody listens at an address of its own.
+const KNOCK_LIMIT: Duration = Duration::from_millis(300);
+
+/// Told to somebody who is no launcher.
+const NOT_A_LAUNCHER: &str = "the job's number of nodes may change, and its programs are to train with \
+                              paceline_runtime::elastic; give --nnodes one number for others";
+
+/// A launcher, as others know it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// Its place.
+    pub node: u32,
+    /// When the process was started, in microseconds since 1970: of two at a place the later one counts.
+    pub birth: u64,
+    /// Where it is dialled.
+    pub addr: SocketAddr,
+    /// The most nodes, and the ranks of each, that it was started for: the same for all.
+    pub nodes: u32,
+    pub ranks: u32,
+}
+
+impl Entry {
+    /// Why a launcher that says that it is this one cannot take part, for one that is `me` and knows somebody at its place.
+    fn unfit(&self, me: &Self, known: Option<&Self>) -> Option<String> {
+        if (self.nodes, self.ranks) != (me.nodes, me.ranks) {
+            return Some(format!(
+                "it was started for up to {} nodes of {} ranks and this one for {} of {}; start all with the same \
+                 --nnodes and --nproc-per-node",
+                self.nodes, self.ranks, me.nodes, me.ranks
+            ));
+        }
+        let later = known.is_some_and(|known| known.birth > self.birth);
+        later.then(|| {
+            "by their clocks another launcher of its node was started after it; if that was the one before, set the \
+             clock of its machine and start it again"
+                .to_owned()
+        })
+    }
+}
+
+/// What one launcher says to another.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Word {
+    /// The first on a connection: who dials.
+    Hello(Entry),
+    /// All launchers that are known.
+    Known(Vec<Entry>),
+    /// Of the membership.
+    Says(Envelope),
+    /// What the programs here ask for.
+    Wish(Wish),
+    /// Where a worker here is reached.
+    Contact(Contact),
+    /// That admission of a worker here is over.
+    Forget(Incarnation),
+    /// All members here have completed the training.
+    Finished,
+}
+
+/// What there is before the mesh: where this launcher listens, and whom it looks for.
+#[derive(Clone)]
+pub struct Door {
+    /// Runs the connections.
+    pub io: IoHandle,
+    /// Where this launcher is dialled.
+    pub endpoint: Endpoint,
+    /// Who it is.
+    pub me: Entry,
+    /// The number of places.
+    pub nodes: u32,
+    /// Where node 0 is dialled.
+    pub meeting: String,
+}
+
+/// The connections to all other launchers, until it is dropped.
+pub struct Mesh {
+    shared: Arc<Shared>,
+    accept: JoinHandle<()>,
+}
+
+struct Shared {
+    door: Door,
+    inputs: Sender<Input>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    known: BTreeMap<u32, Entry>,
+    /// By node, the birth of the process that was refused last, of which the log speaks once.
+    refused: BTreeMap<u32, u64>,
+    lanes: BTreeMap<u32, Lane>,
+    // What is said again on every new connection:
+    wish: Option<Wish>,
+    contacts: BTreeMap<Incarnation, Contact>,
+    finished: bool,
+}
+
+/// What goes to one launcher.
+struct Lane {
+    words: UnboundedSender<Word>,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Mesh {
+    /// Looks for the others, and tells `inputs` what they say.
+    pub fn new(door: Door, inputs: Sender<Input>) -> Self {
+        let shared = Arc::new(Shared { door, inputs, state: Mutex::default() });
+        let accept = shared.door.io.spawn(accept_all(shared.clone()));
+        if shared.door.me.node != 0 {
+            // Node 0 is dialled where it was said to be, whatever it says itself.
+            let addr = SocketAddr::from(([0, 0, 0, 0], 0));
+            shared.learn(vec![Entry { node: 0, birth: 0, addr, ..shared.door.me.clone() }]);
+        }
+        Self { shared, accept }
+    }
+
+    /// Tells the launcher of a node. May be lost. Does not block.
+    pub fn say(&self, node: u32, envelope: Envelope) {
+        if let Some(lane) = self.shared.lock().lanes.get(&node) {
+            lane.say(Word::Says(envelope));
+        }
+    }
+
+    /// Tells all, also those that come later.
+    pub fn announce(&self, word: Word) {
+        let mut state = self.shared.lock();
+        match &word {
+            Word::Wish(wish) => state.wish = Some(*wish),
+            Word::Contact(contact) => {
+                state.contacts.insert(contact.incarnation, contact.clone());
+            }
+            Word::Forget(incarnation) => {
+                state.contacts.remove(incarnation);
+            }
+            Word::Finished => state.finished = true,
+            Word::Hello(_) | Word::Known(_) | Word::Says(_) => {}
+        }
+        state.tell_all(&word);
+    }
+}
+
+impl Drop for Mesh {
+    fn drop(&mut self) {
+        self.accept.abort();
+        self.shared.lock().lanes.clear();
+    }
+}
+
+impl Lane {
+    fn say(&self, word: Word) {
+        // Fails when the task has been ended for a successor.
+        let _ = self.words.send(word);
+    }
+}
+
+impl State {
+    fn tell_all(&self, word: &Word) {
+        self.lanes.values().for_each(|lane| lane.say(word.clone()));
+    }
+
+    /// What a launcher has to know that has just been reached.
+    fn introduction(&self, me: &Entry) -> Vec<Word> {
+        let known = self.known.values().chain([me]).cloned().collect();
+        let wish = self.wish.map(Word::Wish);
+        let contacts = self.contacts.values().cloned().map(Word::Contact);
+        let finished = self.finished.then_some(Word::Finished);
+        [Word::Hello(me.clone()), Word::Known(known)]
+            .into_iter()
+            .chain(wish)
+            .chain(contacts)
+            .chain(finished)
+            .collect()
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Each critical section leaves a consistent state.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell(&self, node: u32, heard: Heard) {
+        // Fails when the membership's thread has ended.
+        let _ = self.inputs.send(Input::Launcher { node, heard });
+    }
+
+    /// Takes in whom somebody knows; news is passed on, and whoever is new is dialled.
+    fn learn(self: &Arc<Self>, entries: Vec<Entry>) {
+        let mut state = self.lock();
+        let mut is_news = false;
+        for entry in entries {
+            let known = state.known.get(&entry.node);
+            let is_other = entry.node < self.door.nodes && entry.node != self.door.me.node;
+            if !is_other || known.is_some_and(|known| known.birth >= entry.birth) {
+                continue;
+            }
+            is_news = true;
+            // Under the lock, so that the membership hears of one that comes before it hears what it says.
+            self.tell(entry.node, Heard::Came);
+            let (words, queue) = unbounded_channel();
+            let task = self.door.io.spawn(reach(self.clone(), entry.clone(), queue));
+            state.lanes.insert(entry.node, Lane { words, task });
+            state.known.insert(entry.node, entry);
+        }
+        if is_news {
+            let known = state.known.values().chain([&self.door.me]).cloned().collect();
+            state.tell_all(&Word::Known(known));
+        }
+    }
+
+    fn unfit(&self, entry: &Entry) -> Option<String> {
+        entry.unfit(&self.door.me, self.lock().known.get(&entry.node))
+    }
+
+    fn warn_once(&self, entry: &Entry, reason: &str) {
+        if self.lock().refused.insert(entry.node, entry.birth) != Some(entry.birth) {
+            tracing::warn!(node = entry.node, reason, "a launcher is not let in");
+        }
+    }
+
+    async fn address(&self, entry: &Entry) -> io::Result<SocketAddr> {
+        if entry.node != 0 {
+            return Ok(entry.addr);
+        }
+        let mut found = lookup_host(&self.door.meeting).await?;
+        found.next().ok_or_else(|| io::Error::other("the name has no address"))
+    }
+}
+
+/// What is heard of another launcher.
+pub enum Heard {
+    /// Another process has its place.
+    Came,
+    /// It says something.
+    Word(Word),
+    /// A connection to it has ended.
+    Lost,
+    /// Its host says that nobody listens where it did: the process is no more.
+    Gone,
+}
+
+// ---- speaking ----
+
+/// Keeps a connection to a launcher, and says there what is to be said, until the task is ended.
+async fn reach(shared: Arc<Shared>, entry: Entry, mut queue: UnboundedReceiver<Word>) {
+    let mut pause = PAUSES.0;
+    loop {
+        match reach_once(&shared, &entry, &mut queue, &mut pause).await {
+            Ok(()) => return,
+            Err(error) => tracing::debug!(node = entry.node, %error, "cannot tell a launcher"),
+        }
+        sleep(pause.mul_f64(0.75 + fastrand::f64() / 2.0)).await;
+        pause = (pause * 2).min(PAUSES.1);
+        // What was to be said meanwhile is said again by whoever needs it.
+        while queue.try_recv().is_ok() {}
+    }
+}
+
+async fn reach_once(
+    shared: &Shared,
+    entry: &Entry,
+    queue: &mut UnboundedReceiver<Word>,
+    pause: &mut Duration,
+) -> Result<(), TransportError> {
+    let node = entry.node;
+    let unknown = |error: io::Error| TransportError::Usage { reason: error.to_string() };
+    let addr = shared.address(entry).await.map_err(unknown)?;
+    let connection = shared.door.endpoint.connect(addr, &launcher(node as usize)).await?;
+    let (mut sender, mut receiver) = connection.open_messages().await?;
+    *pause = PAUSES.0;
+    // What is announced from here on is in the queue too, and saying it twice does no harm.
+    let mut words = shared.lock().introduction(&shared.door.me).into_iter();
+    let ended = loop {
+        let word = match words.next() {
+            Some(word) => word,
+            None => tokio::select! {
+                word = queue.recv() => match word {
+                    Some(word) => word,
+                    None => return Ok(()),
+                },
+                // The other side says nothing here: this is the end.
+                said = receiver.recv::<Word>() => break said.map(drop),
+            },
+        };
+        match timeout(WORD_LIMIT, sender.send(&word)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => break Err(error),
+            Err(_) => {
+                let what = format!("the launcher of node {node} to listen");
+                break Err(TransportError::TimedOut { what, elapsed: WORD_LIMIT });
+            }
+        }
+    };
+    drop(connection);
+    let knocked = timeout(KNOCK_LIMIT, TcpStream::connect(addr)).await;
+    let gone = matches!(knocked, Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused);
+    shared.tell(node, if gone { Heard::Gone } else { Heard::Lost });
+    ended.and(Err(TransportError::Usage { reason: "it closed the connection".to_owned() }))
+}
+
+// ---- listening ----
+
+async fn accept_all(shared: Arc<Shared>) {
+    let mut served = tokio::task::JoinSet::new();
+    loop {
+        tokio::select! {
+            connection = shared.door.endpoint.accept() => match connection {
+                Ok(connection) => drop(served.spawn(serve(connection, shared.clone()))),
+                Err(_) => return,
+            },
+            Some(_) = served.join_next() => {}
+        }
+    }
+}
+
+async fn serve(connection: Connection, shared: Arc<Shared>) {
+    if let Err(error) = listen(&connection, &shared).await {
+        let (remote, member) = (connection.remote_address(), connection.member());
+        tracing::debug!(%remote, member, %error, "a launcher's connection ended");
+        connection.close(&error.to_string());
+    }
+}
+
+async fn listen(connection: &Connection, shared: &Arc<Shared>) -> Result<(), TransportError> {
+    let node = (0..shared.door.nodes).find(|&node| connection.member() == launcher(node as usize));
+    let node = node.ok_or_else(|| refused(NOT_A_LAUNCHER))?;
+    let (_sender, mut receiver) = connection.accept_messages().await?;
+    let first = timeout(WORD_LIMIT, receiver.recv::<Word>()).await;
+    let Ok(Some(Word::Hello(entry))) = first.unwrap_or(Ok(None)) else {
+        return Err(refused("the first message must be a hello"));
+    };
+    if entry.node != node {
+        return Err(refused("the certificate is not that of this node"));
+    }
+    let birth = entry.birth;
+    if let Some(reason) = shared.unfit(&entry) {
+        shared.warn_once(&entry, &reason);
+        return Err(refused(&reason));
+    }
+    shared.learn(vec![entry]);
+    let ended = follow(&mut receiver, node, birth, shared).await;
+    shared.tell(node, Heard::Lost);
+    ended
+}
+
+async fn follow(
+    receiver: &mut MessageReceiver,
+    node: u32,
+    birth: u64,
+    shared: &Arc<Shared>,
+) -> Result<(), TransportError> {
+    while let Some(word) = receiver.recv::<Word>().await? {
+        // Its successor has come: what is left on this connection is of the one before.
+        if shared.lock().known.get(&node).is_some_and(|known| known.birth != birth) {
+            return Err(refused("another launcher has this place"));
+        }
+        match word {
+            Word::Known(entries) => shared.learn(entries),
+            Word::Hello(_) => return Err(refused("a second hello")),
+            Word::Says(envelope) if envelope.from.seat.0 != node => {
+                return Err(refused("a message in the name of another node"));
+            }
+            word => {
+                check(&word)?;
+                shared.tell(node, Heard::Word(word));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn check(word: &Word) -> Result<(), TransportError> {
+    match word {
+        Word::Says(envelope) => envelope.check().map_err(|reason| refused(&reason)),
+        _ => Ok(()),
+    }
+}
+
+fn refused(reason: &str) -> TransportError {
+    TransportError::Usage { reason: reason.to_owned() }
+}
+
+/// Where the workers of another node are reached, as far as that has said.
+#[derive(Default)]
+pub struct Contacts(BTreeMap<Incarnation, Contact>);
+
+impl Contacts {
+    /// Takes one in, if it is of one of these members and there are not too many.
+    pub fn insert(&mut self, contact: &Contact, is_member: impl Fn(&str) -> bool) -> bool {
+        let fits = is_member(&contact.member) && self.0.len() < 2 * MAX_WORKERS;
+        if fits {
+            self.0.insert(contact.incarnation, contact.clone());
+        }
+        fits
+    }
+
+    /// Whether it was there.
+    pub fn remove(&mut self, incarnation: Incarnation) -> bool {
+        self.0.remove(&incarnation).is_some()
+    }
+
+    /// All of them.
+    pub fn all(&self) -> impl Iterator<Item = &Contact> {
+        self.0.values()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_launcher_that_was_started_with_other_numbers_or_before_the_present_one_does_not_fit() {
+        let me = Entry { node: 0, birth: 5, addr: SocketAddr::from(([127, 0, 0, 1], 1)), nodes: 4, ranks: 2 };
+        let other = Entry { node: 1, birth: 7, ..me.clone() };
+        assert_eq!(other.unfit(&me, None), None);
+        let ranks = Entry { ranks: 1, ..other.clone() }.unfit(&me, None).expect("other ranks");
+        assert!(ranks.contains("4 nodes of 1 ranks and this one for 4 of 2"), "{ranks}");
+        assert!(Entry { nodes: 3, ..other.clone() }.unfit(&me, None).is_some());
+        let known = |birth| Entry { birth, ..other.clone() };
+        assert_eq!(other.unfit(&me, Some(&known(7))), None, "it says hello again");
+        assert_eq!(other.unfit(&me, Some(&known(6))), None, "it is the successor");
+        assert!(other.unfit(&me, Some(&known(8))).is_some_and(|reason| reason.contains("clock")));
+    }
+}

@@ -1,0 +1,295 @@
+//! Jobs of three launchers whose workers and launchers are killed, with PyTorch's own training as the program; whoever has
+//! started the launchers starts a killed one again after a second, as a pod's kubelet would.
+//!
+//! `cargo xtask torchrun` runs this, with few kills; with `--kills N` it kills N times each, and torchrun's workers and
+//! agents as often, for the comparison. It says with PYTHON_EXEC which interpreter has PyTorch.
+
+#![allow(clippy::print_stdout, reason = "prints what it has measured")]
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::net::TcpListener;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant, SystemTime};
+
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+/// Launchers, each with one worker.
+const NODES: usize = 3;
+
+/// What takes longer hangs: a start of three interpreters with PyTorch takes some 10 s on two busy cores.
+const LIMIT: Duration = Duration::from_secs(240);
+
+/// torchrun's agents are given up after this time.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// When whoever looks after the launchers starts a killed one again.
+const SUPERVISION: Duration = Duration::from_secs(1);
+
+const SECRET: &str = "b1946ac92492d2347c6235b4d2611184";
+
+const ENDLESS: &str = include_str!("endless.py");
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Launcher {
+    Paceline,
+    Torchrun,
+}
+
+/// What is killed.
+#[derive(Clone, Copy, Debug)]
+enum Victim {
+    Worker,
+    /// A launcher other than that of node 0, and its worker with it.
+    Launcher,
+    /// Where the others meet.
+    LeadingLauncher,
+}
+
+const VICTIMS: [Victim; 3] = [Victim::Worker, Victim::Launcher, Victim::LeadingLauncher];
+
+/// How often each is killed.
+fn kills() -> usize {
+    std::env::var("PACELINE_TEST_KILLS")
+        .map_or(1, |text| text.parse().expect("PACELINE_TEST_KILLS is a number"))
+}
+
+#[test]
+fn a_job_survives_sigkill_of_a_worker_of_a_launcher_and_of_the_launcher_that_leads() {
+    let mut job = Job::start(Launcher::Paceline);
+    for victim in VICTIMS {
+        let mut times = Vec::new();
+        for round in 0..kills() {
+            match job.recover_from(victim, round, LIMIT) {
+                Some(took) => times.push(took),
+                None => panic!("{victim:?}, round {round}: no step within {LIMIT:?}\n{}", job.logs()),
+            }
+        }
+        tell("paceline run", victim, times, 0);
+    }
+    job.end();
+}
+
+/// For the comparison alone: what torchrun cannot do is no failure here.
+#[test]
+#[ignore = "takes minutes; cargo xtask torchrun --kills N"]
+fn torchruns_recovery_is_measured_beside() {
+    for victim in VICTIMS {
+        let mut times = Vec::new();
+        let mut in_vain = 0;
+        for _ in 0..kills() {
+            // Each in a job of its own: one that has hung is of no more use.
+            let mut job = Job::start(Launcher::Torchrun);
+            match job.recover_from(victim, 0, PATIENCE) {
+                Some(took) => times.push(took),
+                None => in_vain += 1,
+            }
+        }
+        tell("torchrun", victim, times, in_vain);
+    }
+}
+
+fn tell(who: &str, victim: Victim, mut times: Vec<Duration>, in_vain: usize) {
+    times.sort();
+    let [median, most] = [times.get(times.len() / 2), times.last()]
+        .map(|time| time.map_or_else(|| "-".to_owned(), |time| format!("{:.1} s", time.as_secs_f64())));
+    println!(
+        "{who:<12} {victim:?} killed {} times: first step of the next generation after {median} (median), {most} (most); \
+         {in_vain} have not recovered",
+        times.len() + in_vain
+    );
+}
+
+/// A job that trains.
+struct Job {
+    launcher: Launcher,
+    folder: TempDir,
+    endpoint: String,
+    nodes: Vec<Child>,
+    /// Every process that has done a step.
+    workers: BTreeSet<i32>,
+}
+
+/// What a rank says about its process.
+#[derive(Clone, Copy, Debug)]
+struct First {
+    pid: i32,
+    /// When it had done its first step, in seconds since 1970.
+    at_s: f64,
+    /// The steps that it did not have to do, since its state was saved.
+    step: u64,
+}
+
+impl Job {
+    /// Starts it and waits for its first step.
+    fn start(launcher: Launcher) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        fs::write(folder.path().join("endless.py"), ENDLESS).expect("written");
+        let secret = folder.path().join("secret");
+        fs::write(&secret, SECRET).expect("written");
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+        fs::set_permissions(&secret, mode).expect("changed");
+        let endpoint = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
+        let endpoint = endpoint.expect("a port").to_string();
+        let mut job = Self { launcher, folder, endpoint, nodes: Vec::new(), workers: BTreeSet::new() };
+        for node in 0..NODES {
+            let started = job.launch(node);
+            job.nodes.push(started);
+        }
+        let started = job.wait_for_steps(&[0; NODES], LIMIT);
+        assert!(started.is_some(), "{launcher:?}: no step within {LIMIT:?}\n{}", job.logs());
+        job
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn launch(&self, node: usize) -> Child {
+        let python = std::env::var("PYTHON_EXEC").expect("`cargo xtask torchrun` sets PYTHON_EXEC");
+        let mut command = match self.launcher {
+            Launcher::Paceline => {
+                let mut command = Command::new(env!("CARGO_BIN_EXE_paceline"));
+                command.args([
+                    "run",
+                    "--node-rank",
+                    &node.to_string(),
+                    "--grace",
+                    "5",
+                    "--rdzv-timeout",
+                    "120",
+                ]);
+                command.arg("--job-secret").arg(self.path("secret"));
+                command
+            }
+            Launcher::Torchrun => {
+                let mut command = Command::new(python);
+                command.args(["-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-id=job"]);
+                command.arg(format!("--rdzv-conf=is_host={}", node == 0));
+                command
+            }
+        };
+        let log = File::options().create(true).append(true).open(self.path(&format!("log.{node}")));
+        let log = log.expect("a log");
+        command.args(["--nnodes", &NODES.to_string(), "--nproc-per-node", "1", "--max-restarts", "10000"]);
+        command.args(["--rdzv-endpoint", &self.endpoint]);
+        command.arg(self.path("endless.py")).arg(self.folder.path()).env("NO_COLOR", "1");
+        command.stdin(Stdio::null()).stdout(log.try_clone().expect("a descriptor")).stderr(log);
+        command.spawn().expect("the launcher starts")
+    }
+
+    /// Kills one, and waits for all ranks' first step after that. Returns how long that took; `None` if it did not come.
+    fn recover_from(&mut self, victim: Victim, round: usize, limit: Duration) -> Option<Duration> {
+        let before = self.firsts();
+        let pids: Vec<i32> = before.iter().map(|first| first.as_ref().expect("it trains").pid).collect();
+        let killed_at =
+            SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("after 1970").as_secs_f64();
+        match victim {
+            Victim::Worker => kill(pids[round % NODES]),
+            Victim::Launcher => self.replace(1 + round % (NODES - 1)),
+            Victim::LeadingLauncher => self.replace(0),
+        }
+        let firsts = self.wait_for_steps(&pids, limit)?;
+        for (before, after) in before.iter().flatten().zip(&firsts) {
+            assert!(before.step <= after.step, "steps were forgotten: {before:?} and then {after:?}");
+        }
+        let last = firsts.iter().map(|first| first.at_s).fold(0.0, f64::max);
+        Some(Duration::from_secs_f64((last - killed_at).max(0.0)))
+    }
+
+    fn replace(&mut self, node: usize) {
+        self.nodes[node].kill().expect("it runs");
+        self.nodes[node].wait().expect("it is our child");
+        std::thread::sleep(SUPERVISION);
+        self.nodes[node] = self.launch(node);
+    }
+
+    fn firsts(&self) -> Vec<Option<First>> {
+        (0..NODES).map(|rank| read(&self.path(&format!("first.{rank}")))).collect()
+    }
+
+    /// Waits until each rank has another process than that one, which has done a step. torchrun's agents that end are
+    /// started again too; Paceline's launchers do not end.
+    fn wait_for_steps(&mut self, before: &[i32], limit: Duration) -> Option<Vec<First>> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let firsts: Vec<First> = self.firsts().into_iter().flatten().collect();
+            self.workers.extend(firsts.iter().map(|first| first.pid));
+            if firsts.len() == NODES && firsts.iter().zip(before).all(|(first, before)| first.pid != *before)
+            {
+                return Some(firsts);
+            }
+            if Instant::now() >= deadline {
+                return None;
+            }
+            for node in 0..NODES {
+                let ended =
+                    self.nodes.get_mut(node).and_then(|node| node.try_wait().expect("it is our child"));
+                let Some(status) = ended else { continue };
+                assert!(self.launcher == Launcher::Torchrun, "launcher {node}: {status}\n{}", self.logs());
+                std::thread::sleep(SUPERVISION);
+                self.nodes[node] = self.launch(node);
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Lets the training end.
+    fn end(mut self) {
+        fs::write(self.path("stop"), "").expect("written");
+        let deadline = Instant::now() + LIMIT;
+        for node in 0..NODES {
+            let status = loop {
+                match self.nodes[node].try_wait().expect("it is our child") {
+                    Some(status) => break status,
+                    None if Instant::now() >= deadline => panic!("launcher {node} hangs\n{}", self.logs()),
+                    None => std::thread::sleep(Duration::from_millis(20)),
+                }
+            };
+            assert!(status.success(), "launcher {node}: {status}\n{}", self.logs());
+        }
+        for rank in 0..NODES {
+            assert!(self.logs().contains(&format!("rank {rank} has done ")), "{}", self.logs());
+        }
+    }
+
+    /// The last lines of each launcher.
+    fn logs(&self) -> String {
+        let log = |node| {
+            let text = fs::read_to_string(self.path(&format!("log.{node}"))).unwrap_or_default();
+            let lines: Vec<&str> = text.lines().collect();
+            format!("--- node {node}\n{}", lines[lines.len().saturating_sub(40)..].join("\n"))
+        };
+        (0..NODES).map(log).collect::<Vec<_>>().join("\n")
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        for node in &mut self.nodes {
+            let _ = node.kill();
+            let _ = node.wait();
+        }
+        // Those of a killed agent of torchrun live on.
+        let folder = self.folder.path().to_string_lossy().into_owned();
+        for &pid in &self.workers {
+            // The number may be somebody else's by now.
+            if fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|words| words.contains(&folder)) {
+                kill(pid);
+            }
+        }
+    }
+}
+
+fn read(file: &std::path::Path) -> Option<First> {
+    let text = fs::read_to_string(file).ok()?;
+    let mut words = text.split_whitespace();
+    let mut next = || words.next();
+    Some(First { pid: next()?.parse().ok()?, at_s: next()?.parse().ok()?, step: next()?.parse().ok()? })
+}
+
+fn kill(pid: i32) {
+    kill_process(Pid::from_raw(pid).expect("a pid"), Signal::KILL).expect("it runs");
+}

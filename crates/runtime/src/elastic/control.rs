@@ -1,0 +1,441 @@
+//! Drives a worker's part of the membership: it is the one thread that hears everything and decides, by the core's rules,
+//! what the program, the data plane and the exchange do. It also says that this worker is alive, so a process that does
+//! not run is silent whatever its program is at.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::time::{Duration, Instant};
+
+use super::book::Book;
+use super::exchange::{Arrival, Bytes, Exchange};
+use super::links::{Fence, News, Order};
+use super::pipe::{self, Contact, FromChild, ToChild};
+use super::pool::Pool;
+use super::program::{Gradient, Stable};
+use super::sum::Shares;
+use super::training::Inputs;
+use super::{End, draw};
+use crate::Error;
+use crate::membership::{
+    Epoch, Evidence, Incarnation, PeerMessage, Progress, Slot, Step, Transfer, View, Worker, WorkerAction,
+    WorkerEvent,
+};
+
+/// How long links that have failed by nobody's fault may wait for a view change: whoever has ended them early is told
+/// at the same time.
+const BROKEN_LIMIT: Duration = Duration::from_secs(5);
+
+/// What the control thread hears.
+pub(super) enum Input<G> {
+    Launcher(ToChild),
+    /// The launcher has closed the pipe, or says what makes no sense.
+    LauncherGone(String),
+    Peer(Arrival),
+    Links(News<G>),
+    /// The program has computed the inputs of the step after that state.
+    Submitted {
+        from: Progress,
+        inputs: Inputs<G>,
+    },
+    /// The program has a copy of its state for another worker.
+    Saved {
+        to: Incarnation,
+        transfer: Transfer,
+        copy: Vec<u8>,
+    },
+    /// All is done here, but for others that may still need something.
+    Closed,
+    /// The program has been asked to leave.
+    Leave,
+    /// The program has failed, or does not listen any more.
+    Abandoned,
+}
+
+/// What the program's thread is to do, in this order.
+pub(super) enum Command<G> {
+    Compute { from: Progress, slots: Vec<Slot> },
+    Apply { mean: Arc<Vec<G>>, present: BTreeSet<Slot> },
+    Load(Vec<u8>),
+    Save { to: Incarnation, transfer: Transfer },
+    Stable(Stable),
+    End(Result<End, Error>),
+}
+
+/// The result of the step that led to the present state.
+struct Kept<G> {
+    step: Step,
+    mean: Arc<Vec<G>>,
+    present: Vec<Slot>,
+}
+
+/// A result as bytes.
+struct MeanBytes<G>(Arc<Vec<G>>);
+
+impl<G: Gradient> AsRef<[u8]> for MeanBytes<G> {
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
+    }
+}
+
+/// The ends of the channels to the other threads.
+pub(super) struct Wires<G> {
+    pub(super) pipe: Arc<UnixStream>,
+    pub(super) orders: Sender<Order<G>>,
+    pub(super) commands: Sender<Command<G>>,
+}
+
+pub(super) struct Control<G> {
+    core: Worker,
+    start: Instant,
+    wires: Wires<G>,
+    book: Arc<Book>,
+    exchange: Exchange,
+    fence: Arc<Fence>,
+    contact: Contact,
+    pool: Arc<Pool<G>>,
+    view: Option<View>,
+    /// The members of the last view in which a step was reduced, and its epoch: they have reached each other.
+    linked: (Epoch, BTreeSet<Incarnation>),
+    /// For whom the program is to make a copy of its state.
+    copying: BTreeSet<Incarnation>,
+    /// The inputs of the next step.
+    kept: BTreeMap<Slot, Arc<Vec<G>>>,
+    /// The slots without a batch at the next step, and the state for which that is known.
+    idle: Option<(Progress, Vec<Slot>)>,
+    /// A step that is to run as soon as the idle slots are known, which a member without slots has to ask for.
+    waiting: Option<(Epoch, Step)>,
+    /// Since when the links of an epoch have failed without anybody to accuse.
+    broken: Option<(Epoch, Instant, String)>,
+    /// What has been reduced and is not applied yet.
+    reduced: Option<Arc<Vec<G>>>,
+    /// What has been received and is not adopted yet.
+    received: Option<(Vec<Slot>, Vec<u8>)>,
+    result: Option<Kept<G>>,
+    finished: bool,
+    todo: VecDeque<WorkerAction>,
+    end: Option<Result<End, Error>>,
+}
+
+impl<G: Gradient> Control<G> {
+    /// Begins with what the core wants to do first.
+    pub(super) fn new(
+        (core, first): (Worker, Vec<WorkerAction>),
+        start: Instant,
+        wires: Wires<G>,
+        (book, exchange, fence): (Arc<Book>, Exchange, Arc<Fence>),
+        contact: Contact,
+        pool: Arc<Pool<G>>,
+    ) -> Self {
+        Self {
+            core,
+            start,
+            wires,
+            book,
+            exchange,
+            fence,
+            contact,
+            pool,
+            view: None,
+            linked: (Epoch(0), BTreeSet::new()),
+            copying: BTreeSet::new(),
+            kept: BTreeMap::new(),
+            idle: None,
+            waiting: None,
+            broken: None,
+            reduced: None,
+            received: None,
+            result: None,
+            finished: false,
+            todo: first.into(),
+            end: None,
+        }
+    }
+
+    /// Runs until the training is over, here or everywhere. The program's thread is told last.
+    pub(super) fn run(mut self, inputs: &Receiver<Input<G>>) {
+        self.tell_launcher(&FromChild::Contact(self.contact.clone()));
+        self.act();
+        while self.end.is_none() {
+            let due = self.core.deadline().saturating_sub(self.now());
+            match inputs.recv_timeout(due) {
+                Ok(input) => self.hear(input),
+                Err(RecvTimeoutError::Timeout) => self.tell_core(WorkerEvent::Tick),
+                Err(RecvTimeoutError::Disconnected) => self.end = Some(Ok(End::Abandoned)),
+            }
+            self.give_up_if_broken();
+        }
+        self.fence.close(self.core.epoch());
+        let end = self.end.take().expect("the loop ends with it");
+        // Fails when the program has ended already.
+        let _ = self.wires.commands.send(Command::End(end));
+    }
+
+    fn now(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    fn hear(&mut self, input: Input<G>) {
+        match input {
+            Input::Launcher(message) => self.on_launcher(message),
+            Input::LauncherGone(reason) => self.fail(format!("the launcher has gone: {reason}")),
+            // It is on its way; another one would only come later.
+            Input::Peer(Arrival::Says {
+                from,
+                message: PeerMessage::Pull { .. } | PeerMessage::Fetch { .. },
+            }) if self.copying.contains(&from) || self.exchange.is_sending_state(from) => {
+                self.exchange.say(from, PeerMessage::Soon);
+            }
+            Input::Peer(Arrival::Says { from, message }) => {
+                self.tell_core(WorkerEvent::Peer { from, message })
+            }
+            // Results that do not follow the present state are of no use, and must not put off the question for another.
+            Input::Peer(Arrival::Receiving(Transfer::Result { before, .. }))
+                if self.core.progress() != Some(before) => {}
+            Input::Peer(Arrival::Receiving(_)) => self.tell_core(WorkerEvent::Receiving),
+            Input::Peer(Arrival::Received { from, transfer, present, bytes }) => {
+                self.received = Some((present, bytes));
+                self.tell_core(WorkerEvent::Received { from, transfer });
+                self.received = None;
+            }
+            Input::Links(News::Reduced { epoch, step, mean }) => {
+                if self.core.runs_now(epoch, step) {
+                    if self.linked.0 != epoch {
+                        self.linked = (epoch, self.members().collect());
+                    }
+                    self.tell_core(WorkerEvent::FirstReduced { epoch, step });
+                    self.reduced = Some(Arc::new(mean));
+                    self.tell_core(WorkerEvent::Reduced { epoch, step });
+                }
+            }
+            Input::Links(News::Unformed { epoch, reason }) => {
+                tracing::warn!(epoch = epoch.0, reason, "the links of a view could not be made");
+                if epoch == self.core.epoch() {
+                    self.on_unformed(reason);
+                }
+            }
+            Input::Links(News::Failed { epoch, lost, reason }) => {
+                tracing::info!(epoch = epoch.0, ?lost, reason, "links failed");
+                if epoch == self.core.epoch() {
+                    self.on_failed_links(lost, reason);
+                }
+            }
+            Input::Submitted { from, inputs } => {
+                if self.core.progress() == Some(from) {
+                    let slots = inputs.of.iter().map(|(slot, _)| *slot).collect();
+                    self.kept.extend(inputs.of);
+                    self.idle = Some((from, inputs.idle));
+                    self.tell_core(WorkerEvent::Submitted { from, slots });
+                    if let Some((epoch, step)) =
+                        self.waiting.take().filter(|&(e, s)| self.core.runs_now(e, s))
+                    {
+                        self.run_step(epoch, step, &[]);
+                    }
+                }
+            }
+            Input::Saved { to, transfer, copy } => {
+                self.copying.remove(&to);
+                self.exchange.send(to, transfer, Vec::new(), Arc::new(copy));
+            }
+            Input::Closed => {
+                if !std::mem::replace(&mut self.finished, true) {
+                    self.tell_launcher(&FromChild::Finished);
+                }
+            }
+            Input::Leave => self.tell_core(WorkerEvent::Leave),
+            Input::Abandoned => self.end = Some(Ok(End::Abandoned)),
+        }
+    }
+
+    fn on_launcher(&mut self, message: ToChild) {
+        match message {
+            ToChild::Contact(contact) => self.book.insert(contact),
+            ToChild::Forget(incarnation) => {
+                self.book.remove(incarnation);
+                self.exchange.forget(incarnation);
+            }
+            ToChild::Says(message) => self.tell_core(WorkerEvent::Launcher(message)),
+            ToChild::Finished => {
+                self.end = Some(Ok(if self.finished { End::Complete } else { End::Elsewhere }));
+            }
+            ToChild::Welcome(_) | ToChild::Refused { .. } => {
+                self.fail("the launcher said what it may not".to_owned());
+            }
+        }
+    }
+
+    /// The links are of no use any more. Somebody has died, as a rule, and the launcher says so in a moment.
+    fn on_failed_links(&mut self, lost: Vec<(Incarnation, Evidence)>, reason: String) {
+        if lost.is_empty() {
+            self.broken = Some((self.core.epoch(), Instant::now(), reason));
+        }
+        for (peer, evidence) in lost {
+            self.tell_core(WorkerEvent::PeerClosed { peer, evidence });
+        }
+    }
+
+    fn members(&self) -> impl Iterator<Item = Incarnation> + '_ {
+        self.view.iter().flat_map(|view| &view.members).map(|member| member.incarnation)
+    }
+
+    /// Members go on without those who have just come in and cannot be reached. One of those ends: another process may be
+    /// reached, and the same one would only hold the others up again.
+    fn on_unformed(&mut self, reason: String) {
+        let me = self.core.incarnation();
+        if !self.linked.1.contains(&me) {
+            return self.fail(reason);
+        }
+        let newcomers = self.members().filter(|member| !self.linked.1.contains(member));
+        let lost = newcomers.map(|newcomer| (newcomer, Evidence::LinkLost)).collect();
+        self.on_failed_links(lost, reason);
+    }
+
+    /// Without anybody to accuse, and without a view change for a while, this worker is of no use; its successor may be.
+    fn give_up_if_broken(&mut self) {
+        let over = |(epoch, since, _): &mut (Epoch, Instant, String)| {
+            *epoch < self.core.epoch() || since.elapsed() >= BROKEN_LIMIT
+        };
+        if let Some((epoch, _, reason)) = self.broken.take_if(over)
+            && epoch == self.core.epoch()
+        {
+            self.fail(reason);
+        }
+    }
+
+    fn fail(&mut self, reason: String) {
+        self.end.get_or_insert(Err(Error::Membership { reason }));
+    }
+
+    fn tell_launcher(&mut self, message: &FromChild) {
+        if let Err(error) = pipe::send(&self.wires.pipe, message) {
+            self.fail(format!("the launcher has gone: {error}"));
+        }
+    }
+
+    fn tell_core(&mut self, event: WorkerEvent) {
+        let actions = self.core.handle(self.now(), event);
+        self.todo.extend(actions);
+        self.act();
+    }
+
+    fn act(&mut self) {
+        while let Some(action) = self.todo.pop_front() {
+            self.perform(action);
+        }
+    }
+
+    fn perform(&mut self, action: WorkerAction) {
+        match action {
+            WorkerAction::Launcher(message) => self.tell_launcher(&FromChild::Says(message)),
+            WorkerAction::Peer { to, message } => self.exchange.say(to, message),
+            WorkerAction::Send { to, transfer } => self.send(to, transfer),
+            WorkerAction::Open(view) => {
+                self.view = Some(view.clone());
+                self.order(Order::Open { view, me: self.core.incarnation() });
+            }
+            WorkerAction::Close(epoch) => self.fence.close(epoch),
+            WorkerAction::Compute { from, slots } => self.command(Command::Compute { from, slots }),
+            WorkerAction::Run { epoch, step, slots } => self.run_step(epoch, step, &slots),
+            WorkerAction::Apply(step) => {
+                let (Some(mean), Some(view)) = (self.reduced.take(), &self.view) else { return };
+                let present = view.members.iter().flat_map(|member| member.slots.iter().copied()).collect();
+                self.apply(step, mean, present);
+            }
+            WorkerAction::Adopt(transfer) => self.adopt(transfer),
+            WorkerAction::Stable(step) => {
+                let loss = self.result.as_ref().filter(|result| result.step == step);
+                let loss = loss.and_then(|result| result.mean.last()).map(|loss| loss.to_f64());
+                let members = self.view.as_ref().map_or(0, |view| view.members.len());
+                self.command(Command::Stable(Stable { step, epoch: self.core.epoch(), members, loss }));
+            }
+            WorkerAction::Release(_) => self.forget_result(),
+            WorkerAction::Draw => self.draw(),
+            WorkerAction::Left => self.end = Some(Ok(End::Left)),
+            WorkerAction::Broken(reason) => self.fail(reason),
+        }
+    }
+
+    fn run_step(&mut self, epoch: Epoch, step: Step, slots: &[Slot]) {
+        let (Some(view), Some(from)) = (&self.view, self.core.progress()) else { return };
+        let Some((_, idle)) = self.idle.as_ref().filter(|(state, _)| *state == from) else {
+            self.waiting = Some((epoch, step));
+            return self.command(Command::Compute { from, slots: Vec::new() });
+        };
+        let shares = Shares::of(view, idle);
+        let inputs = slots.iter().filter_map(|slot| self.kept.get(slot).cloned()).collect();
+        self.order(Order::Run { epoch, step, shares, inputs });
+    }
+
+    fn apply(&mut self, step: Step, mean: Arc<Vec<G>>, present: Vec<Slot>) {
+        self.forget_inputs();
+        self.forget_result();
+        let slots = present.iter().copied().collect();
+        self.result = Some(Kept { step, mean: mean.clone(), present });
+        self.command(Command::Apply { mean, present: slots });
+    }
+
+    fn forget_inputs(&mut self) {
+        std::mem::take(&mut self.kept).into_values().for_each(|input| self.pool.give(input));
+    }
+
+    fn forget_result(&mut self) {
+        self.result.take().into_iter().for_each(|result| self.pool.give(result.mean));
+    }
+
+    fn adopt(&mut self, transfer: Transfer) {
+        let Some((present, bytes)) = self.received.take() else { return };
+        match transfer {
+            Transfer::Result { after, .. } => {
+                let mut mean = self.pool.take();
+                // The exchange takes in no result of another size.
+                bytemuck::cast_slice_mut(&mut mean).copy_from_slice(&bytes);
+                self.apply(after.applied, Arc::new(mean), present);
+            }
+            Transfer::State { .. } => {
+                self.forget_inputs();
+                self.forget_result();
+                self.command(Command::Load(bytes));
+            }
+        }
+    }
+
+    fn send(&mut self, to: Incarnation, transfer: Transfer) {
+        match (transfer, &self.result) {
+            (Transfer::Result { after, .. }, Some(kept)) if kept.step == after.applied => {
+                let bytes: Bytes = Arc::new(MeanBytes(kept.mean.clone()));
+                self.exchange.send(to, transfer, kept.present.clone(), bytes);
+            }
+            // Whoever asked does so again, and gets the state.
+            (Transfer::Result { .. }, _) => {}
+            (Transfer::State { .. }, _) => {
+                self.copying.insert(to);
+                self.command(Command::Save { to, transfer });
+            }
+        }
+    }
+
+    fn draw(&mut self) {
+        let old = self.core.incarnation();
+        let me = draw();
+        tracing::info!(%old, new = %me, "out of the view; entering again");
+        self.contact.incarnation = me;
+        self.exchange.become_incarnation(me);
+        self.tell_launcher(&FromChild::Contact(self.contact.clone()));
+        // Before any other event: what is left to do comes after its answer.
+        let answer = self.core.handle(self.now(), WorkerEvent::Drawn(me));
+        answer.into_iter().rev().for_each(|action| self.todo.push_front(action));
+    }
+
+    fn order(&mut self, order: Order<G>) {
+        if self.wires.orders.send(order).is_err() {
+            self.fail("the data plane has ended".to_owned());
+        }
+    }
+
+    fn command(&mut self, command: Command<G>) {
+        if self.wires.commands.send(command).is_err() {
+            self.end.get_or_insert(Ok(End::Abandoned));
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! Training that goes on when workers die, freeze, leave and come: a program is written once and runs alone, with a
+//! fixed membership and with a changing one.
+//!
+//! The program hands over its [state](Program::state), the [gradient](Program::gradient) of some samples and its
+//! [optimizer](Program::apply), and [`train`] calls them. Steps, batches, who computes what, and what becomes of a step
+//! when somebody is lost in the middle of it are Paceline's: the protocol is in docs/fault-tolerance.md.
+//!
+//! ```no_run
+//! use paceline_runtime::elastic::{self, Config, Program, Tensor};
+//!
+//! struct Model {
+//!     weights: Vec<f64>,
+//! }
+//!
+//! impl Program for Model {
+//!     type Gradient = f64;
+//!     fn gradient_len(&self) -> usize {
+//!         self.weights.len()
+//!     }
+//!     fn state(&mut self) -> Vec<Tensor<'_>> {
+//!         vec![Tensor::new("weights", &mut self.weights)]
+//!     }
+//!     fn gradient(&mut self, samples: &[usize], gradient: &mut [f64]) -> f64 {
+//!         // … the loss and its gradient
+//! #       let _ = (samples, gradient); 0.0
+//!     }
+//!     fn apply(&mut self, gradient: &[f64]) {
+//!         self.weights.iter_mut().zip(gradient).for_each(|(weight, slope)| *weight -= 0.1 * slope);
+//!     }
+//! }
+//!
+//! let mut model = Model { weights: vec![0.0; 10] };
+//! elastic::train(&Config::new(60_000, 32), &mut model)?;
+//! # Ok::<(), paceline_runtime::Error>(())
+//! ```
+//! Under `paceline run -n 4 --max-restarts 3 -- program` a worker that dies is started again, takes the state from the
+//! others while they go on, and enters between two steps.
+//!
+//! # Threads
+//! | thread | what |
+//! |---|---|
+//! | the caller's | the program: gradients, optimizer, copies of the state |
+//! | `control` | the membership: hears the launcher, the other workers and both other threads, and decides |
+//! | `links` | the communicator of the present view |
+//!
+//! A collective never waits for a copy of the state that another member needs to take part in it, since they are on
+//! different threads.
+
+mod alone;
+mod batches;
+mod book;
+mod control;
+mod exchange;
+mod links;
+mod member;
+pub mod pipe;
+mod pool;
+mod program;
+mod stop;
+mod sum;
+mod training;
+
+pub use program::{Gradient, Program, Stable, Tensor};
+pub use stop::Stop;
+
+use batches::Batches;
+
+use crate::env::{self, ElasticEnv};
+use crate::membership::{Incarnation, MAX_SLOTS, Mode};
+use crate::{Error, membership};
+
+/// What is trained on, and how the work is shared. Equal on all workers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Config {
+    /// The number of samples of the data set.
+    pub samples: usize,
+    /// The number of samples that one slot takes in one step.
+    pub batch: usize,
+    /// How often every sample is used; one pass by default. Samples that do not fill a batch are left out of a pass.
+    pub passes: u64,
+    /// Of the order of the samples, which is another one in each pass.
+    pub seed: u64,
+    /// What becomes of a lost worker's share: [`Mode::Slots`] by default, so that the weights are those of an undisturbed
+    /// run, bit by bit. With [`Mode::Shrink`] steps are means over those who are there, and the lost share is done later.
+    pub mode: Mode,
+    /// The number of slots, the logical workers of the job; as many as workers at the start by default. The gradient of a
+    /// step is the mean over slots, so a job with as many slots has the same weights on any number of workers.
+    pub slots: Option<u16>,
+}
+
+impl Config {
+    /// One pass over `samples` samples, with `batch` of them for each slot in each step.
+    pub fn new(samples: usize, batch: usize) -> Self {
+        Self { samples, batch, passes: 1, seed: 0, mode: Mode::Slots, slots: None }
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        let usage = |reason: String| Err(Error::Usage { reason });
+        match self.slots {
+            Some(0) => usage("a job without slots computes nothing; choose at least one".to_owned()),
+            Some(slots) if usize::from(slots) > MAX_SLOTS => {
+                usage(format!("{slots} slots are more than {MAX_SLOTS}"))
+            }
+            _ if self.mode == Mode::Spare => {
+                usage("Mode::Spare is not built yet; choose Mode::Slots or Mode::Shrink".to_owned())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn batches(&self) -> Result<Batches, Error> {
+        Batches::new(self.samples, self.batch, self.passes, self.seed)
+    }
+}
+
+/// How a training ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum End {
+    /// All batches are in committed steps, and the program has the final state.
+    Complete,
+    /// The training was completed by others before this worker had taken their state over. There is nothing to do.
+    Elsewhere,
+    /// This worker was asked to leave.
+    Left,
+    /// The program did not listen any more.
+    Abandoned,
+}
+
+/// Trains `program` to the end of its data: alone, or as a worker of the job that its launcher describes in the
+/// environment (docs/configuration.md). Blocks until the training is complete.
+///
+/// All workers call it with the same program and configuration. The training begins from the state of one of them.
+///
+/// # Errors
+/// [`Error::Usage`] for a configuration that makes no sense, [`Error::Environment`] for variables that do not,
+/// [`Error::Membership`] when this worker cannot go on: its launcher starts another one.
+pub fn train<P: Program>(config: &Config, program: &mut P) -> Result<End, Error> {
+    train_until(config, program, &Stop::new())
+}
+
+/// [`train`] that ends early, with [`End::Left`], when `stop` [asks](Stop::request) this worker to leave.
+///
+/// # Errors
+/// As [`train`].
+pub fn train_until<P: Program>(config: &Config, program: &mut P, stop: &Stop) -> Result<End, Error> {
+    config.check()?;
+    match ElasticEnv::from_vars(env::process)? {
+        Some(env) => member::train(&env, config, program, stop),
+        None => alone::train(config, program, stop),
+    }
+}
+
+/// A new incarnation.
+///
+/// # Panics
+/// When the operating system gives no random numbers, without which there is no TLS either.
+pub fn draw() -> membership::Incarnation {
+    let mut random = [0; 16];
+    aws_lc_rs::rand::fill(&mut random).expect("the operating system has random numbers");
+    Incarnation(u128::from_le_bytes(random))
+}

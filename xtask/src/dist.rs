@@ -1,0 +1,72 @@
+//! `cargo xtask dist`: the launcher as one file without any library, for containers that have nothing else.
+//!
+//! It is linked with musl, whose C library may be linked statically whole: glibc's loads parts of itself when names are
+//! resolved. The tests start it in an empty root and in a distribution's, by another user than root, on a file system
+//! that is read-only.
+
+use crate::process::{self, cargo};
+use crate::step::{Budget, Report};
+use crate::system::{self, Tool};
+use crate::workspace;
+use anyhow::{Context, Result, bail};
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+/// What it is built for.
+const TARGET: &str = "x86_64-unknown-linux-musl";
+
+/// aws-lc is C.
+const MUSL: Tool =
+    Tool { what: "a C compiler for musl", package: "musl-tools", probe: &["musl-gcc", "--version"] };
+
+/// From nothing compiled.
+const BUILD_MINUTES: f64 = 8.0;
+
+/// The binary is copied, and started some ten times.
+const TEST_MINUTES: f64 = 1.0;
+
+/// A container's image should not grow by much.
+const SIZE_MOST_BYTES: u64 = 20 * 1024 * 1024;
+
+/// Builds it, says how large it is, and tests it.
+///
+/// # Errors
+/// It cannot be built, is too large, or does not start.
+pub fn run() -> Result<()> {
+    let mut report = Report::new("dist");
+    let outcome = steps(&mut report);
+    report.close(outcome)
+}
+
+/// The steps, for a report of their own or as part of a longer one.
+///
+/// # Errors
+/// See [`run`].
+pub fn steps(report: &mut Report) -> Result<()> {
+    report.step("dist: build", Budget::minutes(BUILD_MINUTES), build)?;
+    report.step("dist: start it elsewhere", Budget::minutes(TEST_MINUTES), |limit| {
+        let file = fs::metadata(binary()).context("the build has left no binary")?;
+        println!("{}: {:.1} MiB", binary().display(), file.len() as f64 / f64::from(1 << 20));
+        if file.len() > SIZE_MOST_BYTES {
+            bail!("that is more than {} MiB", SIZE_MOST_BYTES >> 20);
+        }
+        let mut command = cargo(&["test", "--locked", "--package", "paceline", "--test", "dist"]);
+        command.env("PACELINE_TEST_DIST", binary());
+        process::run(command, limit)
+    })
+}
+
+fn build(limit: Duration) -> Result<()> {
+    system::ensure(&[MUSL])?;
+    let mut install = Command::new("rustup");
+    install.args(["target", "add", TARGET]);
+    process::run(install, limit)?;
+    let build = ["build", "--locked", "--target", TARGET, "--package", "paceline", "--profile", "dist"];
+    process::run(cargo(&build), limit)
+}
+
+fn binary() -> PathBuf {
+    workspace::target().join(TARGET).join("dist/paceline")
+}
