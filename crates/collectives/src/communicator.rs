@@ -19,7 +19,7 @@ use crate::network::{self, Broadcast, Link, Links, Network};
 use crate::operation::{self, Kind, Operation};
 use crate::plan::{Plan, Schedule, Shares};
 use crate::progress::Progress;
-use crate::recorder::{FlightRecorder, Recorder, Ticket};
+use crate::recorder::{FlightRecorder, Recorder, RecordsOnDevice, Ticket};
 use crate::shared::registered::SharedBuffer;
 use crate::shared::{Costs, PROBES, Tuning};
 use crate::work::Work;
@@ -916,6 +916,14 @@ impl Communicator {
         let split = Self::form(transport, self.config.clone(), (group, of_all), recorder)?;
         self.fault.adopt(&split.fault, members);
         Ok(Some(split))
+    }
+
+    /// Where a group on NCCL of the same ranks notes its operations.
+    pub(crate) fn records_on_device(&self) -> RecordsOnDevice {
+        // No split has the number 0.
+        let (id, members) = (group_id(self.group, 0, 0), self.recorder.group.members().to_vec());
+        let group = self.flight_recorder.add_on_device(id, members, self.rank);
+        RecordsOnDevice { flight_recorder: self.flight_recorder.clone(), group }
     }
 
     /// Leaves the group in order: finishes what was started, says goodbye, and returns when the others

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use paceline_collectives::device::{
     Accelerator, CopySpan, Device, DeviceError, DeviceGroup, DeviceMemory, FallbackConfig, Host, Pinned,
     Stream, Transfer,
@@ -13,6 +13,9 @@ use paceline_runtime::World;
 use crate::rank::Scale;
 use crate::raw::RawNccl;
 
+/// Each is timed as often, and the fastest counts.
+const ROUNDS: usize = 3;
+
 /// The fallback on a GPU and a rank without one, and each of its stages by itself.
 ///
 /// # Errors
@@ -21,18 +24,27 @@ pub fn pipeline(scale: Scale) -> Result<()> {
     let mut world = World::join()?;
     let accelerator = if world.rank() == 1 { Accelerator::Host(Host) } else { world.accelerator() };
     let mut group = world.device_group(&accelerator)?;
-    let memory = accelerator.alloc(scale.timed_len, DType::F32)?;
+    let mut memory = accelerator.alloc(scale.timed_len, DType::F32)?;
+    let mut elements = vec![world.rank() as f32 + 1.0; scale.timed_len];
+    memory.write(bytemuck::cast_slice(&elements))?;
     let stream = accelerator.new_stream()?;
-    // SAFETY: the memory is kept until the stream is synchronized, each time.
+    // SAFETY: the memory is kept until the stream is synchronized, each time; where a call fails before, freeing it waits
+    // for the GPU, and calls on the host's memory have run when they return.
     let buffer = unsafe { memory.buffer(0..scale.timed_len) };
     let mut whole = Duration::MAX;
-    for _ in 0..3 {
+    for _ in 0..ROUNDS {
         world.communicator().barrier()?;
         let start = Instant::now();
         group.all_reduce(buffer, buffer, ReduceOp::Sum, stream)?;
         accelerator.synchronize(stream)?;
         whole = whole.min(start.elapsed());
     }
+    memory.read(bytemuck::cast_slice_mut(&mut elements))?;
+    // Of n ranks, the first sum is 1 + ... + n, and each further one n times the one before.
+    let ranks = world.world_size() as f32;
+    let expected = ranks * (ranks + 1.0) / 2.0 * ranks.powi(ROUNDS as i32 - 1);
+    let wrong = elements.iter().filter(|element| **element != expected).count();
+    ensure!(wrong == 0, "{wrong} of {} sums are not {expected}", elements.len());
     let host = on_host(&mut world, scale)?;
     let device = accelerator.seat()?.device;
     let [down, up] = [Way::Down, Way::Up].map(|way| copies(&*device, &memory, stream, way));
@@ -58,7 +70,7 @@ fn on_host(world: &mut World, scale: Scale) -> Result<Duration> {
     let piece = FallbackConfig::default().buffer_bytes / 4;
     let mut elements = vec![0f32; scale.timed_len];
     let mut best = Duration::MAX;
-    for _ in 0..3 {
+    for _ in 0..ROUNDS {
         world.communicator().barrier()?;
         let start = Instant::now();
         for piece in elements.chunks_mut(piece) {
@@ -89,7 +101,8 @@ fn copies(device: &dyn Device, memory: &DeviceMemory, stream: Stream, way: Way) 
             Some(buffer) => buffer,
             None => under_way.remove(0).finish(),
         };
-        // SAFETY: the memory outlives the copies, all of which are waited for below.
+        // SAFETY: the memory outlives the copies, all of which are waited for below, or, where one fails, when the caller
+        // frees the memory.
         let part = unsafe { memory.buffer(first..memory.len().min(first + piece)) };
         under_way.push(copy(device, vec![CopySpan::of(part, 0)], buffer, stream, way)?);
     }
@@ -116,7 +129,7 @@ fn copy(
 /// The device's, the group's or NCCL's.
 pub fn overhead(accelerator: &Accelerator, group: &mut DeviceGroup, scale: Scale) -> Result<String> {
     let (memory, stream) = (accelerator.alloc(1, DType::F32)?, accelerator.new_stream()?);
-    // SAFETY: the memory is kept until the stream is synchronized.
+    // SAFETY: the memory is kept until the stream is synchronized; where a call fails before, freeing it waits for the GPU.
     let buffer = unsafe { memory.buffer(0..1) };
     let ours = per_call(accelerator, stream, scale, || {
         Ok(group.all_reduce(buffer, buffer, ReduceOp::Sum, stream)?)

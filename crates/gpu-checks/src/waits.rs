@@ -180,7 +180,8 @@ impl<'a> Control<'a> {
             to.copy_from(from, self.stream)?;
         }
         self.input.copy_from(&self.prepared, self.stream)?;
-        // SAFETY: both are kept until the stream is synchronized.
+        // SAFETY: both are kept until the stream is synchronized; where a call fails before, freeing them waits for the
+        // GPU, and calls on the host's memory have run when they return.
         let (input, output) = unsafe { (self.input.buffer(0..LEN), self.output.buffer(0..LEN)) };
         call(&mut self.group, input, output, self.stream)?;
         self.kept.copy_from(&self.output, self.stream)?;

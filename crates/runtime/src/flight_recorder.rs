@@ -150,7 +150,11 @@ fn name(group: &GroupTrace) -> String {
 }
 
 fn whole(group: &GroupTrace) -> Group {
-    let desc = if group.id == 0 { "default_pg" } else { "split" };
+    let desc = match group.id {
+        _ if group.on_device => "nccl",
+        0 => "default_pg",
+        _ => "split",
+    };
     Group { name: name(group), desc, ranks: format!("{:?}", group.members) }
 }
 

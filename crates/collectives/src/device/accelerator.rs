@@ -163,7 +163,8 @@ impl DeviceMemory {
         }
     }
 
-    /// Enqueues a copy of all elements of `from`, which are as many, and which must be kept until it has run.
+    /// Enqueues a copy of all elements of `from`, which are as many. Neither may be written until it has run, nor this read;
+    /// dropping one waits for it.
     ///
     /// # Errors
     /// The device's.

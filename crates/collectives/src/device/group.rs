@@ -20,6 +20,7 @@ use super::{Agreement, Device, DeviceBuffer, Gpu, Offer, Seat, Stream, Wanted};
 use crate::communicator::Communicator;
 use crate::dtype::ReduceOp;
 use crate::error::Error;
+use crate::recorder::RecordsOnDevice;
 
 /// The bytes in which a rank says why it could not do its part: enough for a line.
 const REASON_BYTES: usize = 254;
@@ -70,6 +71,12 @@ enum Uncut<'a> {
     Host(&'a mut Fallback),
 }
 
+/// A communicator of NCCL, and where its operations are noted.
+pub(super) struct Formed {
+    pub(super) nccl: nccl::Communicator,
+    pub(super) records: RecordsOnDevice,
+}
+
 /// A group of NCCL, with the links over which its ranks hear of deaths: NCCL does not notice them all.
 struct Watched {
     group: NcclGroup,
@@ -104,9 +111,9 @@ impl DeviceGroup {
         let on_gpu = seat.gpu.is_some();
         let (device, config) = (seat.device, setup.fallback);
         let way = match (agreement.backend, formed) {
-            (Backend::Nccl, Ok(nccl)) => Way::Nccl(Box::new(Watched::new(nccl, communicator, device)?)),
-            (Backend::Hierarchy, Ok(nccl)) => {
-                Way::Hierarchy(Box::new(Hierarchy::form(communicator, nccl, device, config)?))
+            (Backend::Nccl, Ok(formed)) => Way::Nccl(Box::new(Watched::new(formed, communicator, device)?)),
+            (Backend::Hierarchy, Ok(formed)) => {
+                Way::Hierarchy(Box::new(Hierarchy::form(communicator, formed, device, config)?))
             }
             _ => Way::Fallback(Box::new(Fallback::new(communicator, device, config)?)),
         };
@@ -389,12 +396,8 @@ impl fmt::Debug for DeviceGroup {
 
 impl Watched {
     /// Takes over both.
-    fn new(
-        nccl: nccl::Communicator,
-        communicator: Communicator,
-        device: Box<dyn Device>,
-    ) -> Result<Self, Error> {
-        let group = NcclGroup::new(nccl, device, communicator.config().timeout)?;
+    fn new(formed: Formed, communicator: Communicator, device: Box<dyn Device>) -> Result<Self, Error> {
+        let group = NcclGroup::recorded(formed, device, communicator.config().timeout)?;
         let aborter = group.aborter();
         communicator
             .on_loss(move |rank, reason| abort_in_background(&aborter, format!("rank {rank} {reason}")));
@@ -454,7 +457,7 @@ fn form_inside(
     host: usize,
     library: &Arc<nccl::Library>,
     gpu: &Gpu,
-) -> Result<Result<nccl::Communicator, String>, Error> {
+) -> Result<Result<Formed, String>, Error> {
     let color = u32::try_from(host).ok();
     let formed = match communicator.split(color, 0)? {
         Some(mut inside) => {
@@ -473,7 +476,7 @@ fn form_nccl(
     communicator: &mut Communicator,
     library: &Arc<nccl::Library>,
     gpu: &Gpu,
-) -> Result<Result<nccl::Communicator, String>, Error> {
+) -> Result<Result<Formed, String>, Error> {
     let (rank, world_size) = (communicator.rank(), communicator.world_size());
     let id = (rank == 0).then(|| library.unique_id().map_err(|error| error.to_string())).transpose();
     let failure = first_failure(communicator, id.as_ref().err())?;
@@ -492,7 +495,8 @@ fn form_nccl(
     let formed = nccl::Communicator::new(library, rank, world_size, &ids, options);
     let formed = formed.map_err(|error| error.to_string());
     let failure = first_failure(communicator, formed.as_ref().err())?;
-    Ok(failure.map_or(formed, Err))
+    let records = communicator.records_on_device();
+    Ok(failure.map_or_else(|| formed.map(|nccl| Formed { nccl, records }), Err))
 }
 
 /// Tells all ranks whether this one has failed; the first of them that has, and why.

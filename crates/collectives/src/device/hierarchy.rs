@@ -14,11 +14,9 @@
 
 use std::ops::Range;
 
-use paceline_nccl as nccl;
-
 use super::checks::check;
 use super::fallback::{Fallback, FallbackConfig};
-use super::group::abort_in_background;
+use super::group::{Formed, abort_in_background};
 use super::nccl::NcclGroup;
 use super::{Device, DeviceBuffer, Stream};
 use crate::communicator::Communicator;
@@ -40,13 +38,13 @@ impl Hierarchy {
     /// as many. All ranks call it.
     pub(super) fn form(
         mut communicator: Communicator,
-        nccl: nccl::Communicator,
+        formed: Formed,
         device: Box<dyn Device>,
         config: FallbackConfig,
     ) -> Result<Self, Error> {
-        let number = u32::try_from(nccl.rank()).expect("NCCL's ranks are 32-bit integers");
+        let number = u32::try_from(formed.nccl.rank()).expect("NCCL's ranks are 32-bit integers");
         let between = communicator.split(Some(number), 0)?.expect("a color was given");
-        let inside = NcclGroup::new(nccl, device.share(), communicator.config().timeout)?;
+        let inside = NcclGroup::recorded(formed, device.share(), communicator.config().timeout)?;
         let aborter = inside.aborter();
         // Whoever dies on another host keeps a rank here from the all_gather, for which the others wait.
         communicator

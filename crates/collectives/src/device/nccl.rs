@@ -31,11 +31,13 @@ use paceline_nccl as nccl;
 use watchdog::{Running, Shared};
 
 use super::checks::{Place, check};
+use super::group::Formed;
 use super::pieces::shares_of;
 use super::{Device, DeviceBuffer, DeviceError, Event, Stream};
 use crate::dtype::{DType, ReduceOp};
 use crate::error::Error;
 use crate::operation::{Kind, Operation};
+use crate::recorder::{FlightRecorder, Recorder, RecordsOnDevice, Ticket};
 
 pub use watchdog::Aborter;
 
@@ -48,8 +50,9 @@ pub struct NcclGroup {
     shared: Arc<Shared>,
     stream: Stream,
     ready: Event,
-    /// The number of calls so far.
+    /// The number of collectives so far.
     issued: u64,
+    recorder: Recorder,
     watchdog: Option<JoinHandle<()>>,
     mutation: Mutation,
 }
@@ -73,15 +76,27 @@ impl NcclGroup {
     /// # Errors
     /// [`Error::Usage`] when the device has no stream or the system no thread left.
     pub fn new(group: nccl::Communicator, device: Box<dyn Device>, timeout: Duration) -> Result<Self, Error> {
+        let records = RecordsOnDevice::alone(group.rank(), group.world_size());
+        Self::recorded(Formed { nccl: group, records }, device, timeout)
+    }
+
+    /// [`new`](Self::new), with operations noted beside those of the communicator that has formed it.
+    pub(super) fn recorded(
+        Formed { nccl: group, records }: Formed,
+        device: Box<dyn Device>,
+        timeout: Duration,
+    ) -> Result<Self, Error> {
         let usage = |reason: String| Error::Usage { operation: "NcclGroup::new", reason };
         let failed = |error: DeviceError| usage(error.to_string());
         let (stream, ready) = (device.new_stream().map_err(failed)?, device.new_event().map_err(failed)?);
         let (device, flight) = (Mutex::new(device), Mutex::default());
-        let shared = Arc::new(Shared { group, device, flight, news: Condvar::new(), timeout });
+        let recorder = Recorder::new(records.group.clone());
+        let shared = Arc::new(Shared { group, device, flight, news: Condvar::new(), timeout, records });
         let watched = shared.clone();
         let watchdog = thread::Builder::new().name("paceline-nccl-watchdog".to_owned());
         let watchdog = watchdog.spawn(move || watched.watch()).map_err(|error| usage(error.to_string()))?;
-        Ok(Self { shared, stream, ready, issued: 0, watchdog: Some(watchdog), mutation: Mutation::None })
+        let mutation = Mutation::None;
+        Ok(Self { shared, stream, ready, issued: 0, recorder, watchdog: Some(watchdog), mutation })
     }
 
     /// The same with a defect.
@@ -116,6 +131,11 @@ impl NcclGroup {
     /// The number of ranks.
     pub fn world_size(&self) -> usize {
         self.shared.group.world_size()
+    }
+
+    /// Reads what this group did last, and what the communicator did that has formed it.
+    pub fn flight_recorder(&self) -> FlightRecorder {
+        self.shared.records.flight_recorder.clone()
     }
 
     /// A handle with which another thread ends this group's operations.
@@ -421,13 +441,16 @@ impl NcclGroup {
             segment_len: 0,
             schedule: 0,
         };
-        let outcome = self.enqueue_between(operation, calls, stream);
+        let ticket = self.recorder.issue(operation);
+        let outcome = self.enqueue_between((operation, ticket), calls, stream);
         match outcome {
             Ok(()) => {
-                self.issued += 1;
+                // Messages are not: their numbers would differ between ranks.
+                self.issued += u64::from(!matches!(kind, Kind::Message { .. }));
                 Ok(())
             }
             Err(Failure::Nccl(nccl::Error::Usage { reason, .. })) => {
+                self.recorder.withdraw(ticket);
                 Err(Error::Usage { operation: operation.name(), reason })
             }
             Err(Failure::Earlier(error)) => Err(error),
@@ -438,7 +461,7 @@ impl NcclGroup {
 
     fn enqueue_between(
         &mut self,
-        operation: Operation,
+        (operation, ticket): (Operation, Ticket),
         calls: &[nccl::Operation],
         stream: Stream,
     ) -> Result<(), Failure> {
@@ -467,8 +490,9 @@ impl NcclGroup {
             // Noticed since the call: nobody looks any more at what runs.
             return Err(Failure::Earlier(error.clone()));
         }
-        flight.running.push_back(Running { operation, started, end, held });
+        flight.running.push_back(Running { operation, ticket, started, end, held });
         if flight.running.len() == 1 {
+            self.recorder.group.ring.start(ticket);
             self.shared.news.notify_all();
         }
         Ok(())

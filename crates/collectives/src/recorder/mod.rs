@@ -41,6 +41,7 @@ pub(crate) struct Group {
     /// Its ranks, as the communicator that all are split from numbers them.
     members: Vec<usize>,
     rank: usize,
+    on_device: bool,
     pub(crate) ring: Ring,
 }
 
@@ -66,6 +67,9 @@ pub struct GroupTrace {
     pub id: u64,
     /// Its ranks, by their numbers in that communicator.
     pub members: Vec<usize>,
+    /// Whether NCCL runs its operations on a device. They count as started when all before them have run, and the end of
+    /// one is known a look of the watchdog later, 50 ms at most.
+    pub on_device: bool,
     /// In the order in which they were issued, 2,000 at most.
     pub records: Vec<Record>,
 }
@@ -94,7 +98,16 @@ impl FlightRecorder {
 
     /// Adds a communicator; its part is forgotten when it is dropped.
     pub(crate) fn add(&self, id: u64, members: Vec<usize>, rank: usize) -> Arc<Group> {
-        let group = Arc::new(Group { id, members, rank, ring: Ring::new() });
+        self.insert(Group { id, members, rank, on_device: false, ring: Ring::new() })
+    }
+
+    /// Adds a group on NCCL, likewise.
+    pub(crate) fn add_on_device(&self, id: u64, members: Vec<usize>, rank: usize) -> Arc<Group> {
+        self.insert(Group { id, members, rank, on_device: true, ring: Ring::new() })
+    }
+
+    fn insert(&self, group: Group) -> Arc<Group> {
+        let group = Arc::new(group);
         let mut groups = lock(&self.family.groups);
         groups.retain(|group| group.strong_count() > 0);
         groups.push(Arc::downgrade(&group));
@@ -116,6 +129,7 @@ impl FlightRecorder {
         let traces = groups.iter().map(|group| GroupTrace {
             id: group.id,
             members: group.members.clone(),
+            on_device: group.on_device,
             records: group.ring.entries().into_iter().map(record).collect(),
         });
         let rank = groups.first().map_or(0, |group| group.members[group.rank]);
@@ -159,6 +173,22 @@ impl Group {
     }
 }
 
+/// Where a group on NCCL notes its operations, beside those of the communicator that has formed it.
+#[derive(Clone)]
+pub(crate) struct RecordsOnDevice {
+    pub(crate) flight_recorder: FlightRecorder,
+    pub(crate) group: Arc<Group>,
+}
+
+impl RecordsOnDevice {
+    /// Of a group that nothing else is recorded beside.
+    pub(crate) fn alone(rank: usize, world_size: usize) -> Self {
+        let flight_recorder = FlightRecorder::new();
+        let group = flight_recorder.add_on_device(0, (0..world_size).collect(), rank);
+        Self { flight_recorder, group }
+    }
+}
+
 /// Notes the calls of one communicator, in order.
 pub(crate) struct Recorder {
     pub(crate) group: Arc<Group>,
@@ -182,6 +212,11 @@ impl Recorder {
         let ticket = self.group.ring.issue(self.last, operation, message);
         self.last = Some(ticket);
         ticket
+    }
+
+    /// Takes back the last call, which was refused and has no effect.
+    pub(crate) fn withdraw(&self, ticket: Ticket) {
+        self.group.ring.withdraw(ticket);
     }
 
     fn count_message(&mut self, from: usize, to: usize) -> u32 {

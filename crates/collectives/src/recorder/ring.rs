@@ -102,6 +102,13 @@ impl Ring {
         }
     }
 
+    /// Forgets an operation that was refused.
+    pub(crate) fn withdraw(&self, ticket: Ticket) {
+        if let Some(cell) = self.cell(ticket) {
+            cell.place.store(0, Ordering::Relaxed);
+        }
+    }
+
     #[inline]
     fn at(&self, ticket: Ticket) -> &Cell {
         &self.cells[ticket.place as usize % CELLS]
@@ -196,6 +203,17 @@ mod tests {
         (2..=CELLS as u64 + 1).for_each(|number| last = ring.issue(Some(last), operation(number), 0));
         ring.end(old);
         assert!(ring.entries().iter().all(|entry| entry.ended.is_none()));
+    }
+
+    #[test]
+    fn an_operation_that_was_refused_is_forgotten() {
+        let ring = Ring::new();
+        let first = ring.issue(None, operation(1), 0);
+        let refused = ring.issue(Some(first), operation(2), 0);
+        ring.withdraw(refused);
+        ring.issue(Some(refused), operation(2), 1);
+        let messages: Vec<u32> = ring.entries().iter().map(|entry| entry.message).collect();
+        assert_eq!(messages, [0, 1]);
     }
 
     #[test]

@@ -98,8 +98,9 @@ impl DeviceSide {
             Place::OutOfPlace => (&self.input, (0, 0)),
             Place::InPlace => (&self.output, collective.traits().shape.starts_in_place(row.count, member)),
         };
-        // SAFETY: both memories live as long as the group, and are read and written on the host when the stream is
-        // settled only.
+        // SAFETY: both memories are read and written on the host when the stream is settled only. They live as long as
+        // the group; where a call fails and all is dropped, freeing device memory waits for the GPU, and calls on the
+        // host's memory have run when they return.
         unsafe {
             (
                 input.buffer(input_start..input_start + row.input_len),

@@ -188,4 +188,21 @@ mod tests {
         let answer = Message { kind: Kind::Answer, number: 1, length: 0, time_us: 0 };
         assert_eq!(answer.answer(26), None, "or two doctors would talk for ever");
     }
+
+    proptest::proptest! {
+        #[test]
+        fn whatever_comes_is_understood_as_it_was_meant_or_not_at_all(
+            bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..64),
+            begins_well in proptest::bool::ANY,
+        ) {
+            let mut bytes = bytes;
+            if begins_well && bytes.len() > MAGIC.len() {
+                bytes[..MAGIC.len()].copy_from_slice(&MAGIC);
+                bytes[MAGIC.len()] %= 4;
+            }
+            if let Some(message) = Message::decode(&bytes) {
+                assert_eq!(message.encode(), bytes[..MESSAGE_BYTES]);
+            }
+        }
+    }
 }

@@ -19,6 +19,7 @@ use paceline_transport::mem;
 use super::watchdog::lock;
 use super::{Mutation, NcclGroup};
 use crate::communicator::{Communicator, Config};
+use crate::device::group::Formed;
 use crate::device::hierarchy::Hierarchy;
 use crate::device::software::{Memory, Software};
 use crate::device::{Device, DeviceBuffer, FallbackConfig, Stream};
@@ -493,6 +494,47 @@ fn an_operation_that_does_not_run_in_time_ends_the_group_and_frees_what_it_held(
 }
 
 #[test]
+fn the_flight_recorder_has_what_has_run_and_what_a_failed_group_hangs_in() {
+    let mut rank = alone(&DOUBLE, Duration::from_millis(200));
+    let recorder = rank.group.flight_recorder();
+    let traces = Arc::new(Mutex::new(Vec::new()));
+    let taken = traces.clone();
+    recorder.on_failure(move |recorder| lock(&taken).push(recorder.trace()));
+    let empty = rank.output(0);
+    let refused = rank.output(1);
+    // It gives nobody anything, so it needs nobody.
+    rank.group.all_to_all_v(empty, &[0, 0], empty, &[0, 0], rank.stream).expect("it is enqueued");
+    rank.device.synchronize();
+    let (stalled, one) = (rank.device.stalled_stream(), rank.output(1));
+    assert!(rank.group.all_reduce(refused, empty, ReduceOp::Sum, stalled).is_err(), "a wrong length");
+    rank.group.broadcast(one, 0, stalled).expect("it is enqueued");
+    rank.group.send(one, 1, stalled).expect("it is enqueued");
+    rank.group.all_gather(empty, empty, stalled).expect("it is enqueued");
+    wait_for_failure(&rank);
+    let start = Instant::now();
+    while lock(&traces).is_empty() {
+        assert!(start.elapsed() < LONG, "the failure is told when the abort has ended");
+        thread::yield_now();
+    }
+    let traces = lock(&traces);
+    let [trace] = &traces[..] else { panic!("one failure is told once, not {}", traces.len()) };
+    assert!(trace.failure.as_ref().is_some_and(|text| text.contains("it has not run")), "{trace:?}");
+    let [group] = &trace.groups[..] else { panic!("{trace:?}") };
+    assert!(group.on_device && group.members == [0, 1], "{group:?}");
+    let seen = group.records.iter().map(|record| {
+        (record.operation.name(), record.operation.number, record.started.is_some(), record.ended.is_some())
+    });
+    let expected = [
+        ("all_to_all_v", 1, true, true),
+        ("broadcast", 2, true, false),
+        ("send/recv", 3, false, false),
+        ("all_gather", 3, false, false),
+    ];
+    assert_eq!(seen.collect::<Vec<_>>(), expected);
+    assert_eq!(group.records[2].message, 1, "the first of its pair");
+}
+
+#[test]
 fn what_nccl_notices_in_the_background_ends_the_group() {
     // ncclRemoteError, once an operation was enqueued.
     let library = double(&["-DENDS=6"]);
@@ -563,9 +605,10 @@ fn hierarchy(
     let ids = [DOUBLE.unique_id().expect("it needs nobody")];
     let inside = nccl::Communicator::new(&DOUBLE, rank % 2, 2, &ids, nccl::Options::default());
     let config = FallbackConfig { buffer_bytes: 256, buffers: 3 };
-    let hierarchy =
-        Hierarchy::form(communicator, inside.expect("it forms any"), Box::new(device.clone()), config)
-            .expect("all form it");
+    let records = communicator.records_on_device();
+    let formed = Formed { nccl: inside.expect("it forms any"), records };
+    let hierarchy = Hierarchy::form(communicator, formed, Box::new(device.clone()), config);
+    let hierarchy = hierarchy.expect("all form it");
     let (collectives, meeting) = (AtomicU64::new(0), meetings[rank / 2].clone());
     let place = Arc::new(Place { rank: rank % 2, device: device.clone(), collectives, meeting });
     lock(&PLACES).get_or_insert_default().insert(hierarchy.inside.stream.handle() as usize, place);

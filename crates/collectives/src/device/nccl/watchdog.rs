@@ -12,6 +12,7 @@ use crate::device::{Device, DeviceError, Event};
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::operation::{Kind, Operation};
+use crate::recorder::{RecordsOnDevice, Ticket};
 
 /// How often the watchdog looks while something runs: often enough that a failure is known within the tenth of a
 /// second that a person does not notice, seldom enough to cost nothing.
@@ -36,6 +37,7 @@ pub(super) struct Shared {
     /// Something was enqueued, or the group ends.
     pub(super) news: Condvar,
     pub(super) timeout: Duration,
+    pub(super) records: RecordsOnDevice,
 }
 
 /// What is between its call and its end on the device.
@@ -57,6 +59,7 @@ impl Flight {
 
 pub(super) struct Running {
     pub(super) operation: Operation,
+    pub(super) ticket: Ticket,
     pub(super) started: Instant,
     pub(super) end: Event,
     /// Freed when the operation has run.
@@ -155,6 +158,9 @@ impl Shared {
             }
             let mut flight = self.flight();
             let done = flight.running.pop_front();
+            let ring = &self.records.group.ring;
+            done.iter().for_each(|done| ring.end(done.ticket));
+            flight.running.front().into_iter().for_each(|next| ring.start(next.ticket));
             flight.events.push(end);
             drop(flight);
             // Not under the lock: what is freed may do anything.
@@ -179,6 +185,8 @@ impl Shared {
             // The device may still use it.
             std::mem::forget(running);
         }
+        // Last, since it may write a file.
+        self.records.flight_recorder.failed(&error);
         error
     }
 }
