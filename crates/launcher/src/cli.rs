@@ -14,7 +14,7 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, CommandFactory, Parser, Subcommand};
 use paceline_runtime::env::PLAIN_TCP;
 use paceline_runtime::interface::Selection;
-use paceline_runtime::nodes::Layout;
+use paceline_runtime::nodes::{Layout, Terms};
 use paceline_transport::Fabric;
 
 use crate::bench::args::{BenchArgs, Flags as BenchFlags};
@@ -162,6 +162,11 @@ impl RunArgs {
     pub fn layout(&self) -> Layout {
         let nodes = self.nodes.as_ref().map_or(1, |nodes| nodes.count.max);
         Layout { nodes: nodes as usize, ranks_per_node: self.ranks as usize }
+    }
+
+    /// What all launchers of the job must agree on.
+    pub fn terms(&self) -> Terms {
+        Terms { layout: self.layout(), run_id: self.torchrun.run_id.clone() }
     }
 }
 

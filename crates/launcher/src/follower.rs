@@ -315,7 +315,8 @@ impl Coming {
         let args = &self.args;
         let incarnation = incarnation().map_err(|e| system("cannot draw a random number", &e))?;
         let seat = |node| {
-            let claim = Claim { node, nodes: nodes.count.max, ranks_per_node: args.ranks, incarnation };
+            let (nodes, ranks_per_node, run_id) = (nodes.count.max, args.ranks, args.torchrun.run_id.clone());
+            let claim = Claim { node, nodes, ranks_per_node, run_id, incarnation };
             Seat { claim, members: credentials::members(&args.at(node)) }
         };
         Ok(match nodes.seating {

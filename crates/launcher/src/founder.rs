@@ -297,7 +297,7 @@ fn serve(args: &RunArgs, io: &IoHandle, identity: &Identity, news: &News) -> Res
     bind(args, |address| {
         let bell = news.clone();
         let on_change = Arc::new(move || bell.ring());
-        Server::bind(io, address, identity, args.layout(), args.rendezvous_timeout, on_change)
+        Server::bind(io, address, identity, args.terms(), args.rendezvous_timeout, on_change)
     })
 }
 

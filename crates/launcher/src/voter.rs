@@ -47,7 +47,8 @@ pub fn open(args: &RunArgs, console: &Console) -> Result<Box<dyn Rendezvous>, Er
     };
     let birth = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64);
     let addr = SocketAddr::new(listen, endpoint.local_addr().port());
-    let me = Entry { node: args.node(), birth, addr, nodes: nodes.count.max, ranks: args.ranks };
+    let (most, run_id) = (nodes.count.max, args.torchrun.run_id.clone());
+    let me = Entry { node: args.node(), birth, addr, nodes: most, ranks: args.ranks, run_id };
     tracing::info!(address = %endpoint.local_addr(), "listening for other launchers");
     let meeting = args.rendezvous.to_string();
     let door = Door { io: io.handle(), endpoint, me, nodes: nodes.count.max, meeting };

@@ -400,6 +400,36 @@ fn without_restarts_the_loss_of_launcher_0_ends_the_job() {
 }
 
 #[test]
+fn a_launcher_of_a_former_run_is_not_let_into_the_next_one() {
+    let folder = Folder::new();
+    let (endpoint, secret) = (free_endpoint(), folder.write("secret", "b1946ac92492d2347c6235b4d2611184"));
+    let launcher = format!("echo $PPID > {}.$TORCHELASTIC_RUN_ID.$RANK\n", folder.name("launcher"));
+    let then = "[ $TORCHELASTIC_RUN_ID = tuesday ] && exit 0\nexec sleep 1000";
+    let program = launcher + &noting(&folder.name("notes.$TORCHELASTIC_RUN_ID"), then);
+    let run = |id| {
+        ["0", "1"].map(|node| {
+            let more = ["--rdzv-id", id, "--node-rank", node, "--max-restarts", "1"];
+            started(&mut shell(&of_two(&endpoint, &secret, &more), &program))
+        })
+    };
+    let [first, left] = run("monday");
+    wait_for_lines(&folder.path("notes.monday"), 2);
+    let pid = fs::read_to_string(folder.path("launcher.monday.0")).expect("written");
+    kill_process(Pid::from_raw(pid.trim().parse().expect("a number")).expect("a pid"), Signal::KILL)
+        .expect("it runs");
+    first.wait_with_output().expect("it ends");
+    // The one that is left looks for another launcher 0 where the next run has its own.
+    let next = run("tuesday");
+    let left = left.wait_with_output().expect("it ends");
+    assert_code(&left, 138);
+    let line = "node 0 was started with --rdzv-id tuesday and node 1 with monday; it is of another run";
+    assert!(text(&left.stderr).lines().any(|found| found.ends_with(line)), "{}", told(&left));
+    for child in next {
+        assert_code(&child.wait_with_output().expect("it ends"), 0);
+    }
+}
+
+#[test]
 fn launcher_0_that_was_told_to_stop_does_not_wait_for_the_work_of_others() {
     let folder = Folder::new();
     let (endpoint, secret) = (free_endpoint(), folder.write("secret", "b1946ac92492d2347c6235b4d2611184"));

@@ -94,6 +94,15 @@ impl Layout {
     }
 }
 
+/// What all launchers of a job must have been started with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Terms {
+    /// How the ranks are spread.
+    pub layout: Layout,
+    /// The name of the run.
+    pub run_id: String,
+}
+
 /// One start of all ranks of the job.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Generation {
@@ -196,6 +205,7 @@ pub(crate) fn quote(cause: &str) -> String {
 #[derive(Debug)]
 pub(crate) struct Seats {
     layout: Layout,
+    run_id: String,
     seats: BTreeMap<u32, Seat>,
     /// Since when all have come.
     complete: Option<Instant>,
@@ -226,9 +236,9 @@ enum Presence {
 }
 
 impl Seats {
-    pub(crate) fn new(layout: Layout) -> Self {
+    pub(crate) fn new(Terms { layout, run_id }: Terms) -> Self {
         let started = layout.nodes == 1;
-        Self { layout, seats: BTreeMap::new(), complete: None, started, restarts: 0, after: None }
+        Self { layout, run_id, seats: BTreeMap::new(), complete: None, started, restarts: 0, after: None }
     }
 
     /// Lets the job start again so often.
@@ -268,8 +278,16 @@ impl Seats {
 
     /// Decides about a node that knows the secret.
     pub(crate) fn admit(&mut self, claim: &Claim, remote: SocketAddr, now: Instant) -> Verdict {
-        let &Claim { node, nodes, ranks_per_node, incarnation } = claim;
+        let &Claim { node, nodes, ranks_per_node, ref run_id, incarnation } = claim;
         let refused = |reason: String| Verdict::Refused(reason);
+        // First: a launcher of another run has every right to other numbers.
+        if *run_id != self.run_id {
+            return refused(format!(
+                "node 0 was started with --rdzv-id {} and node {node} with {}; it is of another run",
+                quote(&self.run_id),
+                quote(run_id)
+            ));
+        }
         if nodes as usize != self.layout.nodes {
             return refused(format!(
                 "node 0 was started with --nnodes {} and node {node} with {nodes}",
@@ -798,7 +816,11 @@ mod tests {
     const LAYOUT: Layout = Layout { nodes: 3, ranks_per_node: 2 };
 
     fn claim(node: u32, incarnation: u128) -> Claim {
-        Claim { node, nodes: 3, ranks_per_node: 2, incarnation }
+        Claim { node, nodes: 3, ranks_per_node: 2, run_id: "tuesday".to_owned(), incarnation }
+    }
+
+    fn seats() -> Seats {
+        Seats::new(Terms { layout: LAYOUT, run_id: "tuesday".to_owned() })
     }
 
     fn remote() -> SocketAddr {
@@ -816,7 +838,7 @@ mod tests {
 
     /// Seats in which the nodes attend, each with its number for an incarnation.
     fn attended(nodes: &[u32], now: Instant) -> Seats {
-        let mut seats = Seats::new(LAYOUT);
+        let mut seats = seats();
         for &node in nodes {
             assert_eq!(seats.admit(&claim(node, node.into()), remote(), now), Verdict::Admitted);
             assert_eq!(seats.attend(node, &claim(node, node.into()), remote(), now), Verdict::Admitted);
@@ -870,7 +892,7 @@ mod tests {
             master_addr: "host".to_owned(),
             master_port,
         };
-        let mut seats = Seats::new(LAYOUT);
+        let mut seats = seats();
         seats.allow_restarts(5);
         let begins = |seats: &mut Seats| seats.begins_with(generation(0, 1), generation(1, 2));
         assert_eq!(begins(&mut seats), generation(0, 1), "nobody has been part of another one");
@@ -885,13 +907,18 @@ mod tests {
 
     #[test]
     fn a_claim_that_does_not_fit_the_job_is_refused_with_both_values() {
-        let mut seats = Seats::new(LAYOUT);
+        let mut seats = seats();
         let mut admit = |claim: Claim| refusal(seats.admit(&claim, remote(), Instant::now()));
         assert!(admit(Claim { nodes: 4, ..claim(1, 1) }).contains("--nnodes 3 and node 1 with 4"));
         let text = admit(Claim { ranks_per_node: 8, ..claim(1, 1) });
         assert!(text.contains("--nproc-per-node 2 and node 1 with 8"), "{text}");
         assert!(admit(claim(0, 1)).contains("no place for node 0; the others are 1 to 2"));
         assert!(admit(claim(3, 1)).contains("no place for node 3"));
+        let text = admit(Claim { run_id: "monday".to_owned(), nodes: 4, ..claim(1, 1) });
+        assert_eq!(
+            text,
+            "node 0 was started with --rdzv-id tuesday and node 1 with monday; it is of another run"
+        );
     }
 
     #[test]
@@ -918,7 +945,7 @@ mod tests {
     #[test]
     fn a_promise_that_is_not_kept_ends() {
         let now = Instant::now();
-        let mut seats = Seats::new(LAYOUT);
+        let mut seats = seats();
         seats.admit(&claim(1, 1), remote(), now);
         assert!(matches!(seats.admit(&claim(1, 2), remote(), now), Verdict::NotNow(_)));
         assert_eq!(seats.admit(&claim(1, 2), remote(), now + PROMISE), Verdict::Admitted);

@@ -36,7 +36,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use crate::Error;
 use crate::nodes::{
     self, BEAT, Causes, Failure, Generation, LOST_NODE, Layout, OnChange, Order, Report, SILENCE, Seats,
-    Settled,
+    Settled, Terms,
 };
 
 /// The member name of the launcher that serves the rendezvous.
@@ -171,15 +171,16 @@ impl Server {
         io: &IoHandle,
         addr: SocketAddr,
         identity: &Identity,
-        layout: Layout,
+        terms: Terms,
         timeout: Duration,
         on_change: OnChange,
     ) -> Result<Self, paceline_transport::Error> {
+        let layout = terms.layout;
         let endpoint = Endpoint::bind(io, addr, identity)?;
         let state = State {
             joined: BTreeMap::new(),
             notices: Vec::new(),
-            seats: Seats::new(layout),
+            seats: Seats::new(terms),
             start: Start::Waiting,
             generation: 0,
             orders: BTreeMap::new(),
