@@ -99,8 +99,8 @@ struct Launch<'a> {
 impl Launch<'_> {
     /// Starts the ranks and watches them until they have ended. Returns how, and what is to be said about it.
     fn run_generation(&self, signals: &mut Signals) -> Result<(Job, String, Then), Error> {
-        let args = self.args;
         let generation = self.rendezvous.generation();
+        let args = &self.args.within(&generation);
         let attempt = self.logs.attempt(generation.number, args.ranks)?;
         let start = Instant::now();
         tracing::info!(ranks = args.ranks, program = %self.program.display(), generation = generation.number, "starting");
@@ -113,7 +113,7 @@ impl Launch<'_> {
         let restarts_left = generation.restarts_left();
         self.pulse.starts(&generation);
         traces::set_aside(args, generation.number, std::env::var_os("PACELINE_FLIGHT_RECORDER"));
-        let elastic = Elastic::open(args, restarts_left, self.rendezvous)?;
+        let elastic = Elastic::open(self.args, restarts_left, self.rendezvous)?;
         let alone = if args.pod.replaced_alone { restarts_left } else { 0 };
         let mut replacement = Replacement { elastic, alone, start: &start_rank };
         let mut workers = (0..args.ranks)
@@ -152,7 +152,10 @@ impl Launch<'_> {
             Then::End => Outcome::Ended,
             Then::Again => {
                 let next = self.rendezvous.generation();
-                Outcome::Restarts { number: next.number, most: next.max_restarts }
+                match next.changes > generation.changes {
+                    true => Outcome::Changes { nodes: next.nodes.len() },
+                    false => Outcome::Restarts { number: next.restarts(), most: next.max_restarts },
+                }
             }
         };
         let report = report(&job, &evidence, outcome);
@@ -170,7 +173,7 @@ impl Launch<'_> {
         processors: Option<CpuSet>,
         variable: (&'static str, String),
     ) -> Result<Worker, Error> {
-        let number = self.args.first_rank() + rank;
+        let number = self.args.within(generation).first_rank() + rank;
         let routes = [attempt.route(number, rank, Stream::Out)?, attempt.route(number, rank, Stream::Err)?];
         let error_file = attempt.error_file(rank);
         // What a process before this one has recorded is not its own; there is none before the first.
@@ -225,7 +228,7 @@ impl Launch<'_> {
             message: recorded,
             exit_code,
             node: self.args.node(),
-            restarts: generation.number,
+            restarts: generation.restarts(),
         };
         termination::write(Path::new(termination::FILE), &message);
     }

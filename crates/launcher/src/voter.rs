@@ -72,7 +72,7 @@ impl Rendezvous for Voter {
         worker_env(
             &self.args,
             rank,
-            (self.args.rendezvous.to_string(), self.generation.number),
+            (self.args.rendezvous.to_string(), &self.generation),
             &self.credentials,
         )
     }

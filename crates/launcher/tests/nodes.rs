@@ -31,6 +31,7 @@ fn main() {
     job::main(rank, || {
         vec![
             trial("two_nodes_of_two_ranks_run_collectives_and_both_launchers_exit_with_0", run_to_the_end),
+            trial("two_of_three_nodes_are_all_ranks_when_no_other_one_comes", two_of_three),
             trial(
                 "a_killed_rank_is_peer_lost_everywhere_within_1_s_and_named_by_both_launchers",
                 killed_rank,
@@ -154,6 +155,22 @@ fn run_to_the_end() {
         let sums = finished.lines_with("sum 10 of 4 ranks");
         assert_eq!(sums.len(), 2, "{}", finished.lines.join("\n"));
         for rank in [2 * node, 2 * node + 1] {
+            assert!(sums.iter().any(|line| line.starts_with(&format!("[{rank}]: rank {rank} "))), "{sums:?}");
+        }
+    }
+}
+
+/// Node 2 has the ranks after those of node 0, with the certificates of its own place.
+fn two_of_three() {
+    let nodes = Nodes::new(3);
+    let flags =
+        ["--nnodes", "2:3", "--rdzv-backend", "c10d", "--rdzv-conf", "last_call_timeout=0.5"];
+    let [first, third] = [0, 2].map(|node| nodes.start(node, &flags, "sum"));
+    for (finished, ranks) in [(first.finish(), [0, 1]), (third.finish(), [2, 3])] {
+        finished.assert_success();
+        let sums = finished.lines_with("sum 10 of 4 ranks");
+        assert_eq!(sums.len(), 2, "{}", finished.lines.join("\n"));
+        for rank in ranks {
             assert!(sums.iter().any(|line| line.starts_with(&format!("[{rank}]: rank {rank} "))), "{sums:?}");
         }
     }

@@ -62,7 +62,7 @@ impl Job {
         let (secret, addr) = (secret(text), addr.to_string());
         let members: Vec<String> = members.iter().map(|&member| member.to_owned()).collect();
         let run_id = "run".to_owned();
-        let claim = Claim { node: 1, nodes: 2, ranks_per_node: 2, run_id, incarnation: 77 };
+        let claim = Claim { node: 1, nodes: 2, least_nodes: 2, ranks_per_node: 2, run_id, incarnation: 77 };
         let ask = async move { boot::certify(&addr, &secret, &claim, &members).await };
         self.io.handle().block_on(ask).expect("io runs")
     }

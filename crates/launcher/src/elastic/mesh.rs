@@ -42,7 +42,8 @@ const KNOCK_LIMIT: Duration = Duration::from_millis(300);
 
 /// Told to somebody who is no launcher.
 const NOT_A_LAUNCHER: &str = "the job's number of nodes may change, and its programs are to train with \
-                              paceline_runtime::elastic; give --nnodes one number for others";
+                              paceline_runtime::elastic; give --nnodes one number for others, or \
+                              --rdzv-backend c10d, which starts them all again";
 
 /// A launcher, as others know it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
