@@ -263,7 +263,7 @@ impl Coming {
         let nodes = args.nodes.as_ref().expect("node 0 is the only one of a job on one machine");
         if let Some(folder) = &args.identity {
             let Seat { claim, members } = self.seats(nodes)?.swap_remove(0);
-            let credentials = Arc::new(Credentials::given(folder, &members)?);
+            let credentials = Arc::new(Credentials::awaited(folder, &members, self.deadline, status)?);
             credentials.follow(&self.io);
             status.waiting_for(&format!("node 0 at {}", args.rendezvous));
             let attendance = self.attend(args, credentials.launcher(), (claim, after));

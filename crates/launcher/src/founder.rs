@@ -44,7 +44,8 @@ pub fn open(args: &RunArgs, console: &Console) -> Result<Box<dyn Rendezvous>, Er
     let begins = Beginning { first: generation(args, 0)?, instead: generation(args, 1)? };
     let (credentials, server, boot) = match &args.identity {
         Some(folder) => {
-            let credentials = Arc::new(Credentials::given(folder, &members)?);
+            let (deadline, status) = (Instant::now() + args.rendezvous_timeout, Status::new(console));
+            let credentials = Arc::new(Credentials::awaited(folder, &members, deadline, &status)?);
             credentials.follow(&io.handle());
             let server = serve(args, &io.handle(), credentials.launcher(), &news)?;
             wait_for_nodes(args, &io.handle(), &server, &begins, console)?;

@@ -23,6 +23,7 @@
 //! cleanly on SIGTERM has not finished its training, and a controller that reads 0 would never start it again.
 
 mod bench;
+mod backoff;
 mod binding;
 mod checkpoint;
 mod child;

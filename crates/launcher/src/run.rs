@@ -17,6 +17,7 @@ use paceline_transport::boot::CONVERSATIONS_LIMIT;
 use rustix::process::{Resource, Signal, getrlimit};
 use rustix::thread::CpuSet;
 
+use crate::backoff::Backoff;
 use crate::binding;
 use crate::child::{self, Spawned};
 use crate::cli::RunArgs;
@@ -115,7 +116,8 @@ impl Launch<'_> {
         traces::set_aside(args, generation.number, std::env::var_os("PACELINE_FLIGHT_RECORDER"));
         let elastic = Elastic::open(self.args, restarts_left, self.rendezvous)?;
         let alone = if args.pod.replaced_alone { restarts_left } else { 0 };
-        let mut replacement = Replacement { elastic, alone, start: &start_rank };
+        let (backoff, paused) = (Backoff::default(), Vec::new());
+        let mut replacement = Replacement { elastic, alone, backoff, paused, start: &start_rank };
         let mut workers = (0..args.ranks)
             .map(|rank| start_rank(rank, replacement.elastic.next_process(rank)))
             .collect::<Result<Vec<_>, Error>>()?;
@@ -257,10 +259,10 @@ enum Meeting {
     Stopped(Signal),
 }
 
-/// Opens the rendezvous, on a thread of its own: the wait for other nodes is long, and as PID 1 of a container the
+/// Opens the rendezvous, on a thread of its own: the wait for other nodes, or for certificates that others make, is long, and as PID 1 of a container the
 /// launcher would not even be ended by a signal that it does not look for.
 fn open(args: &RunArgs, console: &Console, signals: &mut Signals, pulse: &Pulse) -> Result<Meeting, Error> {
-    if args.nodes.is_none() {
+    if args.nodes.is_none() && args.identity.is_none() {
         return rendezvous::open(args, console).map(Meeting::Open);
     }
     let (opened, outcome) = channel();

@@ -38,7 +38,8 @@ pub fn open(args: &RunArgs, console: &Console) -> Result<Box<dyn Rendezvous>, Er
     let nodes = args.nodes.as_ref().expect("a number of nodes that may change is one of several");
     let news = News::new().map_err(|e| system("cannot make an event descriptor", &e))?;
     let io = IoThread::start().map_err(|e| system("cannot start the I/O thread", &e))?;
-    let credentials = credentials(args, nodes, &io.handle())?;
+    let status = Status::new(console);
+    let credentials = credentials(args, nodes, &io.handle(), &status)?;
     let listen = own_address(args)?;
     let bind = |address| Endpoint::bind(&io.handle(), address, credentials.launcher());
     let endpoint = match args.node() {
@@ -52,7 +53,7 @@ pub fn open(args: &RunArgs, console: &Console) -> Result<Box<dyn Rendezvous>, Er
     tracing::info!(address = %endpoint.local_addr(), "listening for other launchers");
     let meeting = args.rendezvous.to_string();
     let door = Door { io: io.handle(), endpoint, me, nodes: nodes.count.max, meeting };
-    let companions = Companions { door, listen, status: Status::new(console) };
+    let companions = Companions { door, listen, status };
     let generation = founder::generation(args, 0)?;
     Ok(Box::new(Voter { args: args.clone(), companions, credentials, generation, news, _io: io }))
 }
@@ -116,10 +117,16 @@ impl Rendezvous for Voter {
 }
 
 /// The certificates of this machine's members: given, or made from the secret.
-fn credentials(args: &RunArgs, nodes: &NodeArgs, io: &IoHandle) -> Result<Arc<Credentials>, Error> {
+fn credentials(
+    args: &RunArgs,
+    nodes: &NodeArgs,
+    io: &IoHandle,
+    status: &Status,
+) -> Result<Arc<Credentials>, Error> {
     let members = credentials::members(args);
     if let Some(folder) = &args.identity {
-        let credentials = Arc::new(Credentials::given(folder, &members)?);
+        let deadline = Instant::now() + args.rendezvous_timeout;
+        let credentials = Arc::new(Credentials::awaited(folder, &members, deadline, status)?);
         credentials.follow(io);
         return Ok(credentials);
     }

@@ -415,9 +415,10 @@ const MEMBERS: [&str; 6] = ["launcher-0", "launcher-1", "worker-0", "worker-1", 
 fn given_identities() {
     let nodes = Nodes::new(2);
     let authority = JobAuthority::new("given").expect("a name");
-    give_identities(nodes.folder.path(), &authority, &MEMBERS, Duration::from_secs(3600));
     let folder = nodes.path("");
-    let second = nodes.launch(1, &["--identity", &folder], &[], "sum");
+    let mut second = nodes.launch(1, &["--identity", &folder], &[], "sum");
+    second.wait_for("waiting for the identity ", 1);
+    give_identities(nodes.folder.path(), &authority, &MEMBERS, Duration::from_secs(3600));
     let first = nodes.launch(0, &["--identity", &folder], &[], "sum");
     for finished in [first.finish(), second.finish()] {
         finished.assert_success();
@@ -525,7 +526,8 @@ fn given_wrong_identities() {
     give_identities(nodes.folder.path(), &authority, &MEMBERS, Duration::from_secs(3600));
     let folder = nodes.path("");
     let refused = |expected: &str| {
-        let finished = nodes.launch(1, &["--identity", &folder], &[], "sum").finish();
+        let flags = ["--identity", &folder, "--rdzv-timeout", "0.5"];
+        let finished = nodes.launch(1, &flags, &[], "sum").finish();
         assert_eq!(finished.status.code(), Some(2));
         let text = report(&finished);
         assert!(text.starts_with("the identity ") && text.contains(expected), "{text}");
