@@ -70,12 +70,7 @@ struct Voter {
 
 impl Rendezvous for Voter {
     fn worker_env(&self, rank: u32) -> Vec<(String, OsString)> {
-        worker_env(
-            &self.args,
-            rank,
-            (self.args.rendezvous.to_string(), &self.generation),
-            &self.credentials,
-        )
+        worker_env(&self.args, rank, (self.args.rendezvous.to_string(), &self.generation), &self.credentials)
     }
 
     // What becomes of a rank is told by the membership.

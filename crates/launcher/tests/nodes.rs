@@ -163,8 +163,7 @@ fn run_to_the_end() {
 /// Node 2 has the ranks after those of node 0, with the certificates of its own place.
 fn two_of_three() {
     let nodes = Nodes::new(3);
-    let flags =
-        ["--nnodes", "2:3", "--rdzv-backend", "c10d", "--rdzv-conf", "last_call_timeout=0.5"];
+    let flags = ["--nnodes", "2:3", "--rdzv-backend", "c10d", "--rdzv-conf", "last_call_timeout=0.5"];
     let [first, third] = [0, 2].map(|node| nodes.start(node, &flags, "sum"));
     for (finished, ranks) in [(first.finish(), [0, 1]), (third.finish(), [2, 3])] {
         finished.assert_success();

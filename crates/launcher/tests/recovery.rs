@@ -144,7 +144,8 @@ fn measure(launcher: Launcher, victim: Victim, times: usize) -> Vec<Duration> {
 
 fn row(launcher: Launcher, victim: Victim, times: usize, mut took: Vec<Duration>) -> String {
     took.sort();
-    let in_words = |time: Option<&Duration>| time.map_or("-".to_owned(), |t| format!("{:.1} s", t.as_secs_f64()));
+    let in_words =
+        |time: Option<&Duration>| time.map_or("-".to_owned(), |t| format!("{:.1} s", t.as_secs_f64()));
     let (victim, launcher) = (victim.to_string(), launcher.to_string());
     let recovered = format!("{} of {times}", took.len());
     let [median, longest] = [took.get(took.len() / 2), took.last()].map(in_words);

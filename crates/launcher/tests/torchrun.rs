@@ -507,7 +507,8 @@ impl Changing {
             self.then
         );
         let node = node.to_string();
-        let common = ["--nnodes", self.nnodes, "--node-rank", &node, "--rdzv-backend", "c10d", "--bind", "none"];
+        let common =
+            ["--nnodes", self.nnodes, "--node-rank", &node, "--rdzv-backend", "c10d", "--bind", "none"];
         let meeting = ["--rdzv-endpoint", &self.endpoint, "--job-secret", &self.secret];
         let flags = [&common[..], &meeting, self.more].concat();
         started(shell(&flags, &program).env("NODE", &node).env("SEEN", self.folder.name("seen")))
@@ -573,8 +574,7 @@ fn with_fewer_machines_than_may_be_the_job_waits_for_others_and_then_ends_with_i
 #[test]
 fn a_machine_that_comes_when_ranks_have_finished_does_not_start_them_again() {
     const MORE: [&str; 2] = ["--rdzv-conf", "last_call_timeout=0.5"];
-    let job =
-        Changing::new("2:4", &MORE, "[ $RANK = 0 ] && exit 0\nuntil [ -e $SEEN ]; do sleep 0.02; done");
+    let job = Changing::new("2:4", &MORE, "[ $RANK = 0 ] && exit 0\nuntil [ -e $SEEN ]; do sleep 0.02; done");
     let [mut first, second] = [0, 1].map(|node| job.start(node));
     read_until(&mut first, "waiting for the ranks of node 1; those here have ended");
     let mut third = job.start(2);

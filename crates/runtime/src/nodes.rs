@@ -92,7 +92,6 @@ impl Layout {
     pub fn ranks(self, node: usize) -> std::ops::Range<usize> {
         node * self.ranks_per_node..(node + 1) * self.ranks_per_node
     }
-
 }
 
 /// What all launchers of a job must have been started with.
@@ -358,9 +357,12 @@ impl Seats {
     /// the rest.
     pub(crate) fn begin_again(&mut self, next: &Generation, is_connected: impl Fn(u32) -> bool) {
         self.restarts = next.restarts_left();
-        self.changes = false;
         self.started = self.terms.layout.nodes == 1;
-        (self.came, self.called, self.complete) = (None, false, None);
+        let has_come = std::mem::take(&mut self.changes);
+        let has_gone = self.present.iter().any(|&node| node != 0 && !is_connected(node));
+        // After the failure of a rank alone there is nobody to wait for.
+        self.called = !has_come && !has_gone;
+        (self.came, self.complete) = (None, None);
         for (&node, seat) in &mut self.seats {
             seat.presence = if is_connected(node) { Presence::Attending } else { Presence::Lost };
         }
@@ -435,7 +437,8 @@ impl Seats {
     pub(crate) fn may_certify(&self, claim: &Claim, member: &str) -> bool {
         let node = claim.node as usize;
         let holds = self.seats.get(&claim.node).is_some_and(|seat| seat.incarnation == claim.incarnation);
-        holds && (member == launcher(node) || self.terms.layout.ranks(node).any(|rank| member == worker(rank)))
+        holds
+            && (member == launcher(node) || self.terms.layout.ranks(node).any(|rank| member == worker(rank)))
     }
 
     /// The launcher of `node` has come, with a certificate that says so. Where it did not get that from us, its
@@ -485,6 +488,8 @@ impl Seats {
         let was = self.seats.get(&node).map(|seat| seat.presence);
         if was == Some(Presence::Attending) {
             self.set(node, Presence::Lost);
+            // Before the start another one may come in its place.
+            self.called &= self.started;
         }
         was == Some(Presence::Attending) && self.started && self.is_present(node)
     }
@@ -1137,6 +1142,8 @@ mod tests {
         assert!(!seats.disconnected(2) && seats.missing() == [2], "the others go on");
         come(&mut seats, 2, 9, later + BEAT);
         assert!(seats.is_late(2), "it has come again");
+        seats.begin_again(&generation(3, 9), |_| true);
+        assert_eq!(seats.last_call_ends(later), Some(later), "a rank has failed, and no node");
     }
 
     #[test]

@@ -35,8 +35,8 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::Error;
 use crate::nodes::{
-    self, BEAT, Causes, Failure, Generation, LOST_NODE, OnChange, Order, Report, SILENCE, Seats,
-    Settled, Terms,
+    self, BEAT, Causes, Failure, Generation, LOST_NODE, OnChange, Order, Report, SILENCE, Seats, Settled,
+    Terms,
 };
 
 /// The member name of the launcher that serves the rendezvous.

@@ -88,13 +88,14 @@ fn refusal(args: &RunArgs) -> Option<String> {
     let count = args.nodes.as_ref()?.count;
     let advice = match args.changes() {
         Changes::Vote => return None,
-        Changes::None => format!(
-            "the number of nodes may not; give --nnodes 1:{}, or another least number",
-            count.max
-        ),
-        Changes::StartAgain { .. } => "with --rdzv-backend c10d all ranks start again instead; give --rdzv-backend \
+        Changes::None => {
+            format!("the number of nodes may not; give --nnodes 1:{}, or another least number", count.max)
+        }
+        Changes::StartAgain { .. } => {
+            "with --rdzv-backend c10d all ranks start again instead; give --rdzv-backend \
                                        static, and each node its --node-rank"
-            .to_owned(),
+                .to_owned()
+        }
     };
     Some(format!("this program trains with a membership that may change, and {advice}"))
 }

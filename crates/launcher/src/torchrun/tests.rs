@@ -135,10 +135,7 @@ fn a_number_of_machines_that_may_change_is_voted_on_or_starts_all_ranks_again() 
     let start_again = |seconds| Changes::StartAgain { last_call: Duration::from_secs(seconds) };
     assert_eq!(changes("--node-rank 1"), Changes::Vote);
     assert_eq!(changes("--rdzv-backend c10d"), start_again(30));
-    assert_eq!(
-        changes("--rdzv-backend c10d --node-rank 1 --rdzv-conf last_call_timeout=2"),
-        start_again(2)
-    );
+    assert_eq!(changes("--rdzv-backend c10d --node-rank 1 --rdzv-conf last_call_timeout=2"), start_again(2));
 }
 
 #[test]
