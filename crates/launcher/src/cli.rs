@@ -14,7 +14,7 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, CommandFactory, Parser, Subcommand};
 use paceline_runtime::env::PLAIN_TCP;
 use paceline_runtime::interface::Selection;
-use paceline_runtime::nodes::Layout;
+use paceline_runtime::nodes::{Generation, Layout, Terms};
 use paceline_transport::Fabric;
 
 use crate::bench::args::{BenchArgs, Flags as BenchFlags};
@@ -112,6 +112,22 @@ pub struct NodeArgs {
     pub seating: Seating,
     /// The file with the job secret; none where all have certificates made by others, and in an insecure job.
     pub secret: Option<PathBuf>,
+    /// What becomes of the job when nodes come and go.
+    pub changes: Changes,
+}
+
+/// What becomes of a job whose nodes come and go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Changes {
+    /// It has one number of nodes.
+    None,
+    /// All ranks start again on those that are there, as under torchrun.
+    StartAgain {
+        /// How long others are waited for when enough have come.
+        last_call: Duration,
+    },
+    /// The launchers vote on who takes part, and programs that train with `runtime::elastic` go on.
+    Vote,
 }
 
 /// Where a node's number comes from.
@@ -153,6 +169,27 @@ impl RunArgs {
         Self { nodes, ..self.clone() }
     }
 
+    /// What becomes of the job when nodes come and go.
+    pub fn changes(&self) -> Changes {
+        self.nodes.as_ref().map_or(Changes::None, |nodes| nodes.changes)
+    }
+
+    /// Whether the ranks of a generation may be followed by those of another one.
+    pub fn may_start_again(&self, generation: &Generation) -> bool {
+        generation.max_restarts > 0 || matches!(self.changes(), Changes::StartAgain { .. })
+    }
+
+    /// This machine's part of a generation: of its numbers the ranks of that are made.
+    pub fn within(&self, generation: &Generation) -> Self {
+        let count = generation.nodes.len() as u32;
+        let nodes = self.nodes.clone().map(|nodes| NodeArgs {
+            count: Nodes { min: count, max: count },
+            rank: generation.place(nodes.rank).unwrap_or(nodes.rank),
+            ..nodes
+        });
+        Self { nodes, ..self.clone() }
+    }
+
     /// The first rank of this machine.
     pub fn first_rank(&self) -> u32 {
         self.node() * self.ranks
@@ -162,6 +199,21 @@ impl RunArgs {
     pub fn layout(&self) -> Layout {
         let nodes = self.nodes.as_ref().map_or(1, |nodes| nodes.count.max);
         Layout { nodes: nodes as usize, ranks_per_node: self.ranks as usize }
+    }
+
+    /// What all launchers of the job must agree on.
+    pub fn terms(&self) -> Terms {
+        let (layout, run_id) = (self.layout(), self.torchrun.run_id.clone());
+        let (least_nodes, last_call) = match self.changes() {
+            Changes::StartAgain { last_call } => (self.least_nodes() as usize, last_call),
+            Changes::None | Changes::Vote => (layout.nodes, Duration::ZERO),
+        };
+        Terms { layout, least_nodes, last_call, run_id }
+    }
+
+    /// With how many nodes the job runs too.
+    pub fn least_nodes(&self) -> u32 {
+        self.nodes.as_ref().map_or(1, |nodes| nodes.count.min)
     }
 }
 
@@ -205,6 +257,9 @@ const DEFAULT_PORT: u16 = 29_400;
 
 /// How long launchers, and then ranks, wait for each other.
 const RENDEZVOUS_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// How long other nodes are waited for when enough have come, as torchrun waits.
+const LAST_CALL: Duration = Duration::from_secs(30);
 
 /// How long certificates are valid. They are renewed after two thirds of it.
 pub const CERTIFICATE_LIFE: Duration = Duration::from_secs(24 * 3600);
@@ -521,7 +576,8 @@ fn run_args(flags: RunFlags, form: Form, variables: Variables) -> Result<RunArgs
     let secret = flags.job_secret.or(job_secret_file.filter(|file| !file.is_empty()).map(PathBuf::from));
     let secret = secret.filter(|_| flags.identity.is_none());
     let trusts = secret.is_some() || flags.identity.is_some();
-    let nodes = node_args(nnodes, (node_rank, agreed), ranks, secret)?;
+    let last_call = conf.last_call.unwrap_or(LAST_CALL);
+    let nodes = node_args(nnodes, (node_rank, agreed), (ranks, last_call), secret)?;
     // torchrun's nodes meet at the program's own address; ours at another port of it.
     let meeting =
         given.or_else(|| flags.torchrun.meeting_host().filter(|_| nodes.is_some()).map(HostAndPort::of_host));
@@ -592,15 +648,16 @@ fn seating(flags: &RunFlags) -> Result<(Nodes, Option<u32>, Option<Seating>), Er
 fn node_args(
     count: Nodes,
     (rank, agreed): (Option<u32>, Option<Seating>),
-    ranks: u32,
+    (ranks, last_call): (u32, Duration),
     secret: Option<PathBuf>,
 ) -> Result<Option<NodeArgs>, Error> {
     let last = count.max - 1;
     let wrong = |text: String| Err(Error::Usage(text));
     match rank {
-        None if count.min < count.max => {
+        None if count.min < count.max && agreed.is_none() => {
             return wrong(format!(
-                "--nnodes {count}: where the number may change each node needs its --node-rank, from 0 to {last}"
+                "--nnodes {count}: each node needs its --node-rank, from 0 to {last}, for programs that go on when the \
+                 number changes; or --rdzv-backend c10d, for those that start again"
             ));
         }
         None if count.max > 1 && agreed.is_none() => {
@@ -625,7 +682,12 @@ fn node_args(
         ));
     }
     let seating = agreed.filter(|_| rank.is_none()).unwrap_or(Seating::Given);
-    Ok(Some(NodeArgs { count, rank: rank.unwrap_or(0), seating, secret }))
+    let changes = match agreed {
+        _ if count.min == count.max => Changes::None,
+        Some(_) => Changes::StartAgain { last_call },
+        None => Changes::Vote,
+    };
+    Ok(Some(NodeArgs { count, rank: rank.unwrap_or(0), seating, secret, changes }))
 }
 
 /// The flag, its port or else PACELINE_PORT. Without a flag, the loopback interface of one machine.
@@ -873,7 +935,13 @@ mod tests {
         let flag = |port| Some(HostAndPort { host: "host".to_owned(), port });
         let at = |host: &str, port| Ok(Endpoint { host: host.to_owned(), port });
         let count = Nodes { min: 2, max: 2 };
-        let nodes = NodeArgs { count, rank: 0, seating: Seating::Given, secret: Some("s".into()) };
+        let nodes = NodeArgs {
+            count,
+            rank: 0,
+            seating: Seating::Given,
+            secret: Some("s".into()),
+            changes: Changes::None,
+        };
         assert_eq!(endpoint(flag(Some(1)), Some("2".into()), None), at("host", 1));
         assert_eq!(endpoint(flag(None), Some("2".into()), None), at("host", 2));
         assert_eq!(endpoint(None, Some("2".into()), None), at("127.0.0.1", 2));

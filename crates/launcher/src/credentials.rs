@@ -8,7 +8,8 @@ use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError, Weak};
-use std::time::{Duration, SystemTime};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
 
 use paceline_runtime::nodes::launcher;
 use paceline_runtime::rendezvous::worker;
@@ -20,7 +21,11 @@ use tempfile::TempDir;
 
 use crate::cli::RunArgs;
 use crate::error::Error;
+use crate::rendezvous::Status;
 use crate::secret;
+
+/// The pause between two looks for certificates that others make.
+const LOOK_PAUSE: Duration = Duration::from_millis(100);
 
 /// The longest sleep between two looks at the clock, which goes on while a machine is suspended.
 const LONGEST_SLEEP: Duration = Duration::from_secs(60);
@@ -139,6 +144,27 @@ impl Credentials {
         Ok(Self { launcher: launcher.clone(), workers: Workers::Ours { folder, _hold } })
     }
 
+    /// Waits until there is something for all members of this machine, and takes it as [`given`](Self::given) does. The folder
+    /// itself is there from the beginning, where a volume is mounted: another name is a mistake. Blocks.
+    ///
+    /// # Errors
+    /// See there: at the deadline too.
+    pub fn awaited(
+        folder: &Path,
+        members: &[String],
+        deadline: Instant,
+        status: &Status,
+    ) -> Result<Self, Error> {
+        while let Some(missing) = missing(folder, members).filter(|_| folder.is_dir()) {
+            if Instant::now() + LOOK_PAUSE >= deadline {
+                break;
+            }
+            status.waiting_for(&format!("the identity {}", missing.display()));
+            thread::sleep(LOOK_PAUSE);
+        }
+        Self::given(folder, members)
+    }
+
     /// Takes certificates that others have made: in `folder`, a folder for each member of this machine.
     ///
     /// # Errors
@@ -196,6 +222,12 @@ impl Credentials {
         }
         Ok(())
     }
+}
+
+/// The first file that is not there yet.
+fn missing(folder: &Path, members: &[String]) -> Option<PathBuf> {
+    let files = members.iter().flat_map(|member| renewal::FILES.map(|name| folder.join(member).join(name)));
+    files.into_iter().find(|file| matches!(file.try_exists(), Ok(false)))
 }
 
 /// Renews for as long as it is polled: after two thirds of the life of the identities, and when that fails again and

@@ -6,14 +6,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use paceline_runtime::nodes::{Attendance, Comer, Generation, TAKEN};
+use paceline_runtime::nodes::{Attendance, Comer, Generation, Past, TAKEN};
 use paceline_transport::boot::{self, Certified, Claim, Failure};
 use paceline_transport::identity::Identity;
 use paceline_transport::secret::JobSecret;
 use paceline_transport::tls::Dialler;
 use paceline_transport::{IoHandle, IoThread};
 
-use crate::cli::{NodeArgs, RunArgs, Seating};
+use crate::cli::{Changes, NodeArgs, RunArgs, Seating};
 use crate::console::Console;
 use crate::credentials::{self, Credentials};
 use crate::discovery::Guide;
@@ -49,7 +49,7 @@ pub fn open(args: &RunArgs, console: &Console) -> Result<Box<dyn Rendezvous>, Er
         deadline: Instant::now() + args.rendezvous_timeout,
     };
     let (args, tie) = coming.come(None)?;
-    tracing::info!(node = args.node(), "all nodes have come");
+    tracing::info!(node = args.node(), "the nodes have come");
     let progress = Mutex::new(Progress::of(tie.attendance.generation()));
     let status = coming.status;
     Ok(Box::new(Follower { args, tie: Mutex::new(tie), progress, status, news, io }))
@@ -89,16 +89,17 @@ impl Progress {
 
 impl Rendezvous for Follower {
     fn worker_env(&self, rank: u32) -> Vec<(String, OsString)> {
-        let (rendezvous, generation) = (self.args.rendezvous.to_string(), self.generation().number);
-        worker_env(&self.args, rank, (rendezvous, generation), &self.tie().credentials)
+        let (rendezvous, generation) = (self.args.rendezvous.to_string(), self.generation());
+        worker_env(&self.args, rank, (rendezvous, &generation), &self.tie().credentials)
     }
 
     fn announce_exit(&self, rank: u32, _: bool) {
-        self.tie().attendance.announce_exit((self.args.first_rank() + rank) as usize);
+        let rank = self.number(rank);
+        self.tie().attendance.announce_exit(rank);
     }
 
     fn announce_death(&self, rank: u32, ending: Ending, by_itself: bool) {
-        let rank = (self.args.first_rank() + rank) as usize;
+        let rank = self.number(rank);
         self.tie().attendance.announce_death(rank, &ending.to_string(), ending.exit_code(), by_itself);
     }
 
@@ -111,7 +112,7 @@ impl Rendezvous for Follower {
         if progress.ended.is_none() {
             progress.ended = Some(Instant::now());
             match told {
-                Told::ToStop if progress.generation.max_restarts > 0 => {
+                Told::ToStop if self.args.may_start_again(&progress.generation) => {
                     self.tie().attendance.announce_leave()
                 }
                 // Members of a training are on one machine so far.
@@ -154,8 +155,8 @@ impl Rendezvous for Follower {
             *progress = Progress::of(present);
             return Next::Again;
         }
-        let patience = match (progress.generation.max_restarts, told) {
-            (0, _) => VERDICT,
+        let patience = match (self.args.may_start_again(&progress.generation), told) {
+            (false, _) => VERDICT,
             // The verdict takes as long as the ranks of all machines.
             (_, Told::Nothing | Told::NotToStartAgain) => return Next::Wait,
             (_, Told::ToStop) => FAREWELL,
@@ -166,11 +167,12 @@ impl Rendezvous for Follower {
 
     fn cause(&self) -> Option<Cause> {
         // Ranks that fail because the job is over before they are told so have not made it fail.
+        let generation = self.generation();
         let tie = self.tie();
         let attendance = &tie.attendance;
         let completed = attendance.failure().filter(|failure| failure.exit_code == 0);
         let failure = completed.or_else(|| attendance.verdict().unwrap_or_else(|| attendance.failure()));
-        failure.map(|failure| cause(&self.args, failure))
+        failure.map(|failure| cause(&self.args, &generation, failure))
     }
 
     fn news(&self) -> &News {
@@ -182,6 +184,11 @@ impl Follower {
     fn progress(&self) -> MutexGuard<'_, Progress> {
         // Fields are replaced whole.
         self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The number of a rank of this machine among those of the present generation.
+    fn number(&self, rank: u32) -> usize {
+        (self.args.within(&self.generation()).first_rank() + rank) as usize
     }
 
     fn tie(&self) -> MutexGuard<'_, Tie> {
@@ -200,7 +207,7 @@ impl Follower {
     /// Begins to wait for a launcher 0 in the place of the one that was lost, as any that is late is waited for.
     fn look_for_launcher_0(&self, generation: &Generation) -> Receiver<Result<Tie, Error>> {
         let (found, outcome) = channel();
-        let (generation, news) = (generation.number, self.news.clone());
+        let (generation, news) = (generation.past(), self.news.clone());
         let coming = Coming {
             args: self.args.seated(),
             io: self.io.handle(),
@@ -251,12 +258,12 @@ struct Coming {
 impl Coming {
     /// Gets certificates, attends, and waits for all others. `after` is the generation that this launcher has been part of.
     /// Blocks.
-    fn come(&self, after: Option<u32>) -> Result<(RunArgs, Tie), Error> {
+    fn come(&self, after: Option<Past>) -> Result<(RunArgs, Tie), Error> {
         let Self { args, status, .. } = self;
         let nodes = args.nodes.as_ref().expect("node 0 is the only one of a job on one machine");
         if let Some(folder) = &args.identity {
             let Seat { claim, members } = self.seats(nodes)?.swap_remove(0);
-            let credentials = Arc::new(Credentials::given(folder, &members)?);
+            let credentials = Arc::new(Credentials::awaited(folder, &members, self.deadline, status)?);
             credentials.follow(&self.io);
             status.waiting_for(&format!("node 0 at {}", args.rendezvous));
             let attendance = self.attend(args, credentials.launcher(), (claim, after));
@@ -287,7 +294,7 @@ impl Coming {
         &self,
         office: &Office,
         nodes: &NodeArgs,
-        after: Option<u32>,
+        after: Option<Past>,
     ) -> Result<Result<(RunArgs, Tie), String>, Error> {
         let (seat, certified) =
             office.find_seat_on(&self.io, self.seats(nodes)?, self.deadline, &self.status)?;
@@ -315,7 +322,14 @@ impl Coming {
         let args = &self.args;
         let incarnation = incarnation().map_err(|e| system("cannot draw a random number", &e))?;
         let seat = |node| {
-            let claim = Claim { node, nodes: nodes.count.max, ranks_per_node: args.ranks, incarnation };
+            let claim = Claim {
+                node,
+                nodes: nodes.count.max,
+                least_nodes: nodes.count.min,
+                ranks_per_node: args.ranks,
+                run_id: args.torchrun.run_id.clone(),
+                incarnation,
+            };
             Seat { claim, members: credentials::members(&args.at(node)) }
         };
         Ok(match nodes.seating {
@@ -328,7 +342,7 @@ impl Coming {
         &self,
         args: &RunArgs,
         identity: &Identity,
-        (claim, after): (Claim, Option<u32>),
+        (claim, after): (Claim, Option<Past>),
     ) -> Result<Attendance, paceline_runtime::Error> {
         let server = args.rendezvous.to_string();
         let dialler = Dialler::new(&self.io, identity)?;
@@ -350,7 +364,8 @@ impl Coming {
 /// How long this launcher waits for its place to become free. Where the job may start again that takes as long as the
 /// ranks of all machines take to end.
 fn patience(args: &RunArgs) -> Duration {
-    if args.max_restarts > 0 { args.rendezvous_timeout } else { TAKEN }
+    let starts_again = args.max_restarts > 0 || args.changes() != Changes::None;
+    if starts_again { args.rendezvous_timeout } else { TAKEN }
 }
 
 /// A place in the job that this launcher may take, and whom it then needs certificates for.

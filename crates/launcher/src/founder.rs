@@ -44,7 +44,8 @@ pub fn open(args: &RunArgs, console: &Console) -> Result<Box<dyn Rendezvous>, Er
     let begins = Beginning { first: generation(args, 0)?, instead: generation(args, 1)? };
     let (credentials, server, boot) = match &args.identity {
         Some(folder) => {
-            let credentials = Arc::new(Credentials::given(folder, &members)?);
+            let (deadline, status) = (Instant::now() + args.rendezvous_timeout, Status::new(console));
+            let credentials = Arc::new(Credentials::awaited(folder, &members, deadline, &status)?);
             credentials.follow(&io.handle());
             let server = serve(args, &io.handle(), credentials.launcher(), &news)?;
             wait_for_nodes(args, &io.handle(), &server, &begins, console)?;
@@ -147,8 +148,8 @@ impl Rendezvous for Founder {
             Some(_) => self.args.rendezvous.to_string(),
             None => self.server.local_addr().to_string(),
         };
-        let generation = self.progress().generation.number;
-        worker_env(&self.args, rank, (rendezvous, generation), &self.credentials)
+        let generation = self.generation();
+        worker_env(&self.args, rank, (rendezvous, &generation), &self.credentials)
     }
 
     fn announce_exit(&self, rank: u32, by_itself: bool) {
@@ -211,11 +212,12 @@ impl Rendezvous for Founder {
     }
 
     fn cause(&self) -> Option<Cause> {
-        let failure = match &self.progress().after {
+        let progress = self.progress();
+        let failure = match &progress.after {
             After::Again(failure) => failure.clone(),
             After::Undecided | After::Nothing(_) => self.server.cause(),
         };
-        failure.map(|failure| cause(&self.args, failure))
+        failure.map(|failure| cause(&self.args, &progress.generation, failure))
     }
 
     fn news(&self) -> &News {
@@ -231,7 +233,10 @@ impl Founder {
 
     fn begin_again(&self, progress: &mut Progress) -> Next {
         let next = match generation(&self.args, progress.generation.number + 1) {
-            Ok(next) => next,
+            Ok(next) => {
+                let changes = progress.generation.changes + u32::from(self.server.changes());
+                Generation { changes, ..next }
+            }
             Err(error) => {
                 tracing::error!(%error, "the job cannot start again");
                 return self.conclude(progress);
@@ -261,7 +266,7 @@ impl Founder {
 
     /// Tells the others how the job has ended, and gives them a moment to hear it.
     fn conclude(&self, progress: &mut Progress) -> Next {
-        if self.args.max_restarts == 0 {
+        if !self.args.may_start_again(&progress.generation) {
             return Next::End;
         }
         let told = match progress.after {
@@ -276,7 +281,7 @@ impl Founder {
     }
 }
 
-/// The generation `number` of the job: where its programs meet is up to this launcher.
+/// The generation `number` of the job, on all nodes: where its programs meet is up to this launcher.
 ///
 /// # Errors
 /// [`Error::System`] if no port is free.
@@ -290,14 +295,15 @@ pub fn generation(args: &RunArgs, number: u32) -> Result<Generation, Error> {
     let port = given.or_else(|| port::free(|| random.hash_one(draws.next())));
     let master_port =
         port.ok_or_else(|| system("cannot find a free port for MASTER_PORT", &"all are in use"))?;
-    Ok(Generation { number, max_restarts: args.max_restarts, master_addr, master_port })
+    let (nodes, max_restarts) = ((0..args.layout().nodes as u32).collect(), args.max_restarts);
+    Ok(Generation { number, changes: 0, max_restarts, nodes, master_addr, master_port })
 }
 
 fn serve(args: &RunArgs, io: &IoHandle, identity: &Identity, news: &News) -> Result<Server, Error> {
     bind(args, |address| {
         let bell = news.clone();
         let on_change = Arc::new(move || bell.ring());
-        Server::bind(io, address, identity, args.layout(), args.rendezvous_timeout, on_change)
+        Server::bind(io, address, identity, args.terms(), args.rendezvous_timeout, on_change)
     })
 }
 

@@ -273,7 +273,15 @@ mod tests {
     #[test]
     fn numbers_are_in_the_text_format_of_prometheus() {
         let pulse = Pulse::new(2);
-        pulse.starts(&Generation { number: 1, max_restarts: 3, master_addr: String::new(), master_port: 1 });
+        let (nodes, master_addr) = (vec![0], String::new());
+        pulse.starts(&Generation {
+            number: 1,
+            changes: 0,
+            max_restarts: 3,
+            nodes,
+            master_addr,
+            master_port: 1,
+        });
         pulse.turns(2, true);
         pulse.failed();
         let text = pulse.metrics(Instant::now());

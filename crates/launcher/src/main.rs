@@ -22,6 +22,7 @@
 //! After a signal the code is 128 + k even if every rank then exits with 0: a rank that saves its state and exits
 //! cleanly on SIGTERM has not finished its training, and a controller that reads 0 would never start it again.
 
+mod backoff;
 mod bench;
 mod binding;
 mod checkpoint;

@@ -14,7 +14,7 @@ use paceline_runtime::env::{self, JobEnv};
 use paceline_runtime::interface::Selection;
 use paceline_runtime::nodes::{Failure, Generation};
 
-use crate::cli::{RunArgs, Seating};
+use crate::cli::{Changes, RunArgs, Seating};
 use crate::console::{Console, Stream};
 use crate::credentials::Credentials;
 use crate::elastic::Companions;
@@ -97,7 +97,7 @@ pub enum Next {
 pub fn open(args: &RunArgs, console: &Console) -> Result<Box<dyn Rendezvous>, Error> {
     // Once by the launcher, so that it is one line and not one from each rank.
     interface(args)?;
-    if args.nodes.as_ref().is_some_and(|nodes| nodes.count.min < nodes.count.max) {
+    if args.changes() == Changes::Vote {
         return voter::open(args, console);
     }
     let seating = args.nodes.as_ref().map_or(Seating::Given, |nodes| nodes.seating);
@@ -127,19 +127,21 @@ pub fn interface(args: &RunArgs) -> Result<Option<IpAddr>, Error> {
 pub fn worker_env(
     args: &RunArgs,
     rank: u32,
-    (rendezvous, generation): (String, u32),
+    (rendezvous, generation): (String, &Generation),
     credentials: &Credentials,
 ) -> Vec<(String, OsString)> {
-    let number = (args.first_rank() + rank) as usize;
+    let within = args.within(generation);
+    // Certificates are for places among all nodes that there may be.
+    let place = (args.first_rank() + rank) as usize;
     let job_env = JobEnv {
-        rank: number,
-        world_size: args.layout().world_size(),
+        rank: (within.first_rank() + rank) as usize,
+        world_size: within.layout().world_size(),
         local_rank: rank as usize,
         local_world_size: args.ranks as usize,
-        generation,
+        generation: generation.number,
         rendezvous,
         rendezvous_timeout: args.rendezvous_timeout,
-        identity: credentials.path(number),
+        identity: credentials.path(place),
         interface: args.interface.clone(),
         flight_recorder: args.flight_recorder.clone(),
     };
@@ -156,9 +158,9 @@ pub fn worker_env(
         .collect()
 }
 
-/// The failure as seen from this machine.
-pub fn cause(args: &RunArgs, failure: Failure) -> Cause {
-    let first = args.first_rank();
+/// The failure of a generation as seen from this machine.
+pub fn cause(args: &RunArgs, generation: &Generation, failure: Failure) -> Cause {
+    let first = args.within(generation).first_rank();
     match failure.rank {
         // Another launcher may say what it likes: only a rank of this machine is one here.
         Some(rank) if failure.node == args.node() && (first..first + args.ranks).contains(&rank) => {

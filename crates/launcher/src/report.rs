@@ -30,6 +30,11 @@ pub enum Outcome {
         /// So many are allowed.
         most: u32,
     },
+    /// All ranks start again, on another number of nodes.
+    Changes {
+        /// This one.
+        nodes: usize,
+    },
 }
 
 impl fmt::Display for Outcome {
@@ -37,6 +42,7 @@ impl fmt::Display for Outcome {
         match self {
             Outcome::Ended => write!(f, "the job has ended"),
             Outcome::Restarts { number, most } => write!(f, "the job starts again ({number} of {most})"),
+            Outcome::Changes { nodes } => write!(f, "the job starts again on {nodes} nodes"),
         }
     }
 }

@@ -17,6 +17,7 @@ use paceline_transport::boot::CONVERSATIONS_LIMIT;
 use rustix::process::{Resource, Signal, getrlimit};
 use rustix::thread::CpuSet;
 
+use crate::backoff::Backoff;
 use crate::binding;
 use crate::child::{self, Spawned};
 use crate::cli::RunArgs;
@@ -99,8 +100,8 @@ struct Launch<'a> {
 impl Launch<'_> {
     /// Starts the ranks and watches them until they have ended. Returns how, and what is to be said about it.
     fn run_generation(&self, signals: &mut Signals) -> Result<(Job, String, Then), Error> {
-        let args = self.args;
         let generation = self.rendezvous.generation();
+        let args = &self.args.within(&generation);
         let attempt = self.logs.attempt(generation.number, args.ranks)?;
         let start = Instant::now();
         tracing::info!(ranks = args.ranks, program = %self.program.display(), generation = generation.number, "starting");
@@ -113,9 +114,10 @@ impl Launch<'_> {
         let restarts_left = generation.restarts_left();
         self.pulse.starts(&generation);
         traces::set_aside(args, generation.number, std::env::var_os("PACELINE_FLIGHT_RECORDER"));
-        let elastic = Elastic::open(args, restarts_left, self.rendezvous)?;
+        let elastic = Elastic::open(self.args, restarts_left, self.rendezvous)?;
         let alone = if args.pod.replaced_alone { restarts_left } else { 0 };
-        let mut replacement = Replacement { elastic, alone, start: &start_rank };
+        let (backoff, paused) = (Backoff::default(), Vec::new());
+        let mut replacement = Replacement { elastic, alone, backoff, paused, start: &start_rank };
         let mut workers = (0..args.ranks)
             .map(|rank| start_rank(rank, replacement.elastic.next_process(rank)))
             .collect::<Result<Vec<_>, Error>>()?;
@@ -152,7 +154,10 @@ impl Launch<'_> {
             Then::End => Outcome::Ended,
             Then::Again => {
                 let next = self.rendezvous.generation();
-                Outcome::Restarts { number: next.number, most: next.max_restarts }
+                match next.changes > generation.changes {
+                    true => Outcome::Changes { nodes: next.nodes.len() },
+                    false => Outcome::Restarts { number: next.restarts(), most: next.max_restarts },
+                }
             }
         };
         let report = report(&job, &evidence, outcome);
@@ -170,7 +175,7 @@ impl Launch<'_> {
         processors: Option<CpuSet>,
         variable: (&'static str, String),
     ) -> Result<Worker, Error> {
-        let number = self.args.first_rank() + rank;
+        let number = self.args.within(generation).first_rank() + rank;
         let routes = [attempt.route(number, rank, Stream::Out)?, attempt.route(number, rank, Stream::Err)?];
         let error_file = attempt.error_file(rank);
         // What a process before this one has recorded is not its own; there is none before the first.
@@ -225,7 +230,7 @@ impl Launch<'_> {
             message: recorded,
             exit_code,
             node: self.args.node(),
-            restarts: generation.number,
+            restarts: generation.restarts(),
         };
         termination::write(Path::new(termination::FILE), &message);
     }
@@ -254,10 +259,10 @@ enum Meeting {
     Stopped(Signal),
 }
 
-/// Opens the rendezvous, on a thread of its own: the wait for other nodes is long, and as PID 1 of a container the
+/// Opens the rendezvous, on a thread of its own: the wait for other nodes, or for certificates that others make, is long, and as PID 1 of a container the
 /// launcher would not even be ended by a signal that it does not look for.
 fn open(args: &RunArgs, console: &Console, signals: &mut Signals, pulse: &Pulse) -> Result<Meeting, Error> {
-    if args.nodes.is_none() {
+    if args.nodes.is_none() && args.identity.is_none() {
         return rendezvous::open(args, console).map(Meeting::Open);
     }
     let (opened, outcome) = channel();

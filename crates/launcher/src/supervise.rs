@@ -20,6 +20,7 @@ use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::backend::SignalDelivery;
 use signal_hook::iterator::exfiltrator::SignalOnly;
 
+use crate::backoff::Backoff;
 use crate::child::{ProcessGroup, Spawned};
 use crate::console::{Console, RankOutput, Route, Source, Stream};
 use crate::elastic::{Elastic, Fate};
@@ -207,8 +208,27 @@ pub struct Replacement<'a> {
     pub elastic: Elastic,
     /// How many ranks that fail are replaced without being members of anything.
     pub alone: u32,
+    /// How long those wait that do so again and again.
+    pub backoff: Backoff,
+    /// Those that wait.
+    pub paused: Vec<Paused>,
     /// Starts a process as a rank, with a variable in its environment. On the main thread, as any.
     pub start: &'a dyn Fn(u32, (&'static str, String)) -> Result<Worker, Error>,
+}
+
+/// A rank that has ended and is started again at this time, if the job goes on.
+#[derive(Debug)]
+pub struct Paused {
+    rank: u32,
+    ending: Ending,
+    at: Instant,
+}
+
+impl Replacement<'_> {
+    /// Those whose pause is over; all of them when the job does not go on.
+    fn take_due(&mut self, now: Instant, goes_on: bool) -> Vec<Paused> {
+        self.paused.extract_if(.., |paused| !goes_on || paused.at <= now).collect()
+    }
 }
 
 /// What follows the ranks of one generation.
@@ -253,11 +273,25 @@ pub fn supervise(
                 pulse.failed();
             }
             let fate = replacement.elastic.ended(rank, ending);
-            let is_alone = fate == Fate::Counts && !ending.is_success() && replacement.alone > 0;
+            if fate == Fate::Counts && !ending.is_success() && replacement.alone > 0 && job.goes_on() {
+                ranks.remove(&pid);
+                replacement.alone -= 1;
+                let ran = now.saturating_duration_since(workers[rank as usize].started);
+                let pause = replacement.backoff.pause(rank, ran);
+                if !pause.is_zero() {
+                    let (number, pid) = (job.first_rank() + rank, pid.as_raw_pid());
+                    let words = format!(
+                        "paceline: rank {number} (pid {pid}) {ending}; it is started again in {} s\n",
+                        pause.as_secs()
+                    );
+                    console.print(Stream::Err, words.into_bytes());
+                }
+                replacement.paused.push(Paused { rank, ending, at: now + pause });
+                continue;
+            }
             let replaced = job.goes_on()
-                && (fate == Fate::Replaced || is_alone)
+                && fate == Fate::Replaced
                 && replace(job, workers, (rank, ending), console, replacement);
-            replacement.alone -= u32::from(replaced && is_alone);
             if replaced {
                 ranks.remove(&pid);
                 ranks.insert(workers[rank as usize].pid, rank);
@@ -294,6 +328,13 @@ pub fn supervise(
             );
             workers[rank as usize].group.iter().for_each(|group| group.signal(Signal::KILL));
         }
+        for Paused { rank, ending, .. } in replacement.take_due(now, job.goes_on()) {
+            if job.goes_on() && replace(job, workers, (rank, ending), console, replacement) {
+                ranks.insert(workers[rank as usize].pid, rank);
+            } else {
+                actions.extend(job.ended(now, rank, ending));
+            }
+        }
         actions.extend(job.tick(now));
         actions.into_iter().for_each(|action| perform(action, workers, rendezvous));
 
@@ -317,7 +358,8 @@ pub fn supervise(
         }
         let running = workers.iter().filter(|worker| worker.ended.is_none()).count();
         pulse.turns(running as u32, job.goes_on());
-        wait_and_read(job, workers, (signals, rendezvous), console, &mut buffer);
+        let next = replacement.paused.iter().map(|paused| paused.at).min();
+        wait_and_read(job, workers, (signals, rendezvous), (console, next), &mut buffer);
     }
 }
 
@@ -383,12 +425,12 @@ fn wait_and_read(
     job: &Job,
     workers: &mut [Worker],
     (signals, rendezvous): (&Signals, &dyn Rendezvous),
-    console: &Console,
+    (console, next): (&Console, Option<Instant>),
     buffer: &mut [u8],
 ) {
     let backed_up = console.is_backed_up();
     let longest = if backed_up { BACKED_UP_SLEEP } else { LONGEST_SLEEP };
-    let due = workers.iter().filter_map(Worker::drained_at).chain(job.deadline()).min();
+    let due = workers.iter().filter_map(Worker::drained_at).chain(job.deadline()).chain(next).min();
     let sleep = due.map_or(longest, |at| at.saturating_duration_since(Instant::now()).min(longest));
 
     let news = PollFd::from_borrowed_fd(rendezvous.news().fd(), PollFlags::IN);

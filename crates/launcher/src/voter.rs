@@ -38,7 +38,8 @@ pub fn open(args: &RunArgs, console: &Console) -> Result<Box<dyn Rendezvous>, Er
     let nodes = args.nodes.as_ref().expect("a number of nodes that may change is one of several");
     let news = News::new().map_err(|e| system("cannot make an event descriptor", &e))?;
     let io = IoThread::start().map_err(|e| system("cannot start the I/O thread", &e))?;
-    let credentials = credentials(args, nodes, &io.handle())?;
+    let status = Status::new(console);
+    let credentials = credentials(args, nodes, &io.handle(), &status)?;
     let listen = own_address(args)?;
     let bind = |address| Endpoint::bind(&io.handle(), address, credentials.launcher());
     let endpoint = match args.node() {
@@ -47,11 +48,12 @@ pub fn open(args: &RunArgs, console: &Console) -> Result<Box<dyn Rendezvous>, Er
     };
     let birth = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64);
     let addr = SocketAddr::new(listen, endpoint.local_addr().port());
-    let me = Entry { node: args.node(), birth, addr, nodes: nodes.count.max, ranks: args.ranks };
+    let (most, run_id) = (nodes.count.max, args.torchrun.run_id.clone());
+    let me = Entry { node: args.node(), birth, addr, nodes: most, ranks: args.ranks, run_id };
     tracing::info!(address = %endpoint.local_addr(), "listening for other launchers");
     let meeting = args.rendezvous.to_string();
     let door = Door { io: io.handle(), endpoint, me, nodes: nodes.count.max, meeting };
-    let companions = Companions { door, listen, status: Status::new(console) };
+    let companions = Companions { door, listen, status };
     let generation = founder::generation(args, 0)?;
     Ok(Box::new(Voter { args: args.clone(), companions, credentials, generation, news, _io: io }))
 }
@@ -68,12 +70,7 @@ struct Voter {
 
 impl Rendezvous for Voter {
     fn worker_env(&self, rank: u32) -> Vec<(String, OsString)> {
-        worker_env(
-            &self.args,
-            rank,
-            (self.args.rendezvous.to_string(), self.generation.number),
-            &self.credentials,
-        )
+        worker_env(&self.args, rank, (self.args.rendezvous.to_string(), &self.generation), &self.credentials)
     }
 
     // What becomes of a rank is told by the membership.
@@ -115,10 +112,16 @@ impl Rendezvous for Voter {
 }
 
 /// The certificates of this machine's members: given, or made from the secret.
-fn credentials(args: &RunArgs, nodes: &NodeArgs, io: &IoHandle) -> Result<Arc<Credentials>, Error> {
+fn credentials(
+    args: &RunArgs,
+    nodes: &NodeArgs,
+    io: &IoHandle,
+    status: &Status,
+) -> Result<Arc<Credentials>, Error> {
     let members = credentials::members(args);
     if let Some(folder) = &args.identity {
-        let credentials = Arc::new(Credentials::given(folder, &members)?);
+        let deadline = Instant::now() + args.rendezvous_timeout;
+        let credentials = Arc::new(Credentials::awaited(folder, &members, deadline, status)?);
         credentials.follow(io);
         return Ok(credentials);
     }

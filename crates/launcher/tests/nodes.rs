@@ -31,6 +31,7 @@ fn main() {
     job::main(rank, || {
         vec![
             trial("two_nodes_of_two_ranks_run_collectives_and_both_launchers_exit_with_0", run_to_the_end),
+            trial("two_of_three_nodes_are_all_ranks_when_no_other_one_comes", two_of_three),
             trial(
                 "a_killed_rank_is_peer_lost_everywhere_within_1_s_and_named_by_both_launchers",
                 killed_rank,
@@ -154,6 +155,21 @@ fn run_to_the_end() {
         let sums = finished.lines_with("sum 10 of 4 ranks");
         assert_eq!(sums.len(), 2, "{}", finished.lines.join("\n"));
         for rank in [2 * node, 2 * node + 1] {
+            assert!(sums.iter().any(|line| line.starts_with(&format!("[{rank}]: rank {rank} "))), "{sums:?}");
+        }
+    }
+}
+
+/// Node 2 has the ranks after those of node 0, with the certificates of its own place.
+fn two_of_three() {
+    let nodes = Nodes::new(3);
+    let flags = ["--nnodes", "2:3", "--rdzv-backend", "c10d", "--rdzv-conf", "last_call_timeout=0.5"];
+    let [first, third] = [0, 2].map(|node| nodes.start(node, &flags, "sum"));
+    for (finished, ranks) in [(first.finish(), [0, 1]), (third.finish(), [2, 3])] {
+        finished.assert_success();
+        let sums = finished.lines_with("sum 10 of 4 ranks");
+        assert_eq!(sums.len(), 2, "{}", finished.lines.join("\n"));
+        for rank in ranks {
             assert!(sums.iter().any(|line| line.starts_with(&format!("[{rank}]: rank {rank} "))), "{sums:?}");
         }
     }
@@ -398,9 +414,10 @@ const MEMBERS: [&str; 6] = ["launcher-0", "launcher-1", "worker-0", "worker-1", 
 fn given_identities() {
     let nodes = Nodes::new(2);
     let authority = JobAuthority::new("given").expect("a name");
-    give_identities(nodes.folder.path(), &authority, &MEMBERS, Duration::from_secs(3600));
     let folder = nodes.path("");
-    let second = nodes.launch(1, &["--identity", &folder], &[], "sum");
+    let mut second = nodes.launch(1, &["--identity", &folder], &[], "sum");
+    second.wait_for("waiting for the identity ", 1);
+    give_identities(nodes.folder.path(), &authority, &MEMBERS, Duration::from_secs(3600));
     let first = nodes.launch(0, &["--identity", &folder], &[], "sum");
     for finished in [first.finish(), second.finish()] {
         finished.assert_success();
@@ -508,7 +525,8 @@ fn given_wrong_identities() {
     give_identities(nodes.folder.path(), &authority, &MEMBERS, Duration::from_secs(3600));
     let folder = nodes.path("");
     let refused = |expected: &str| {
-        let finished = nodes.launch(1, &["--identity", &folder], &[], "sum").finish();
+        let flags = ["--identity", &folder, "--rdzv-timeout", "0.5"];
+        let finished = nodes.launch(1, &flags, &[], "sum").finish();
         assert_eq!(finished.status.code(), Some(2));
         let text = report(&finished);
         assert!(text.starts_with("the identity ") && text.contains(expected), "{text}");

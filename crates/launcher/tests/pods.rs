@@ -84,20 +84,23 @@ fn replaced_alone() {
     let cluster = r#""cluster":{"chief":["127.0.0.1:1"],"worker":["127.0.0.1:2"],"ps":["127.0.0.1:3"]}"#;
     let job = |role: &str| {
         let config = format!(r#"{{{cluster},"task":{{"type":"{role}","index":0}}}}"#);
-        pods.start(&["--max-restarts", "1"], &[("TF_CONFIG", &config)])
+        pods.start(&["--max-restarts", "2"], &[("TF_CONFIG", &config)])
     };
     let [mut chief, mut worker, mut ps] = ["chief", "worker", "ps"].map(job);
     for job in [&mut chief, &mut ps] {
         job.wait_for("serving as ", 1);
     }
-    let line = worker.wait_for("serving as ", 1).remove(0);
-    let pid = line.rsplit(' ').next().expect("the line ends with the pid");
-    assert!(Command::new("kill").args(["-9", pid]).status().expect("kill runs").success());
-    worker.wait_for("serving as ", 2);
-    worker.wait_for(" takes its place", 1);
+    for (kills, pauses) in [(1, 0), (2, 1)] {
+        let line = worker.wait_for("serving as ", kills).remove(kills - 1);
+        let pid = line.rsplit(' ').next().expect("the line ends with the pid");
+        assert!(Command::new("kill").args(["-9", pid]).status().expect("kill runs").success());
+        worker.wait_for("serving as ", kills + 1);
+        worker.wait_for(" takes its place", kills);
+        worker.wait_for("killed by signal 9 (SIGKILL); it is started again in 1 s", pauses);
+    }
     fs::write(pods.stop(), "").expect("written");
     let [chief, worker, ps] = [chief, worker, ps].map(Job::finish);
-    for (finished, starts) in [(&chief, 1), (&worker, 2), (&ps, 1)] {
+    for (finished, starts) in [(&chief, 1), (&worker, 3), (&ps, 1)] {
         finished.assert_success();
         assert_eq!(finished.lines_with("serving as ").len(), starts, "{}", all(finished));
         assert!(!all(finished).contains("starts again"), "{}", all(finished));

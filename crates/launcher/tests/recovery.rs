@@ -1,12 +1,13 @@
 //! Jobs of three launchers whose workers and launchers are killed, with PyTorch's own training as the program; whoever has
 //! started the launchers starts a killed one again after a second, as a pod's kubelet would.
 //!
-//! `cargo xtask torchrun` runs this, with few kills; with `--kills N` it kills N times each, and torchrun's workers and
-//! agents as often, for the comparison. It says with PYTHON_EXEC which interpreter has PyTorch.
+//! `cargo xtask torchrun` kills each once; with `--kills N` it kills each N times, and torchrun's workers and agents too, and
+//! prints both beside each other. It says with PYTHON_EXEC which interpreter has PyTorch.
 
 #![allow(clippy::print_stdout, reason = "prints what it has measured")]
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::fs::{self, File};
 use std::net::TcpListener;
 use std::path::PathBuf;
@@ -48,58 +49,107 @@ enum Victim {
     LeadingLauncher,
 }
 
-const VICTIMS: [Victim; 3] = [Victim::Worker, Victim::Launcher, Victim::LeadingLauncher];
-
-/// How often each is killed.
-fn kills() -> usize {
-    std::env::var("PACELINE_TEST_KILLS")
-        .map_or(1, |text| text.parse().expect("PACELINE_TEST_KILLS is a number"))
+impl fmt::Display for Launcher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Launcher::Paceline => "paceline run",
+            Launcher::Torchrun => "torchrun",
+        })
+    }
 }
+
+impl Launcher {
+    /// How long its recovery is waited for.
+    fn patience(self) -> Duration {
+        match self {
+            Launcher::Paceline => LIMIT,
+            Launcher::Torchrun => PATIENCE,
+        }
+    }
+}
+
+impl fmt::Display for Victim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Victim::Worker => "a worker",
+            Victim::Launcher => "a launcher",
+            Victim::LeadingLauncher => "the leading launcher",
+        })
+    }
+}
+
+const VICTIMS: [Victim; 3] = [Victim::Worker, Victim::Launcher, Victim::LeadingLauncher];
 
 #[test]
 fn a_job_survives_sigkill_of_a_worker_of_a_launcher_and_of_the_launcher_that_leads() {
     let mut job = Job::start(Launcher::Paceline);
-    for victim in VICTIMS {
-        let mut times = Vec::new();
-        for round in 0..kills() {
-            match job.recover_from(victim, round, LIMIT) {
-                Some(took) => times.push(took),
-                None => panic!("{victim:?}, round {round}: no step within {LIMIT:?}\n{}", job.logs()),
-            }
+    for (round, victim) in VICTIMS.into_iter().enumerate() {
+        if let Err(why) = job.recover_from(victim, round) {
+            panic!("{victim}: {why}\n{}", job.logs());
         }
-        tell("paceline run", victim, times, 0);
     }
     job.end();
 }
 
-/// For the comparison alone: what torchrun cannot do is no failure here.
+/// What torchrun does not recover from is a line of the table alone.
 #[test]
-#[ignore = "takes minutes; cargo xtask torchrun --kills N"]
-fn torchruns_recovery_is_measured_beside() {
+#[ignore = "takes minutes to hours; cargo xtask torchrun --kills N"]
+fn both_launchers_are_killed_and_measured_in_one_run() {
+    let kills = |name: &str| -> usize {
+        let text = std::env::var(name).unwrap_or_else(|_| panic!("cargo xtask torchrun sets {name}"));
+        text.parse().unwrap_or_else(|_| panic!("{name} is {text:?}, and no number"))
+    };
+    let of_each = [
+        (Launcher::Paceline, kills("PACELINE_TEST_KILLS")),
+        (Launcher::Torchrun, kills("PACELINE_TEST_TORCHRUN_KILLS")),
+    ];
+    let mut table = vec!["killed               launcher      recovered     median    longest".to_owned()];
+    let mut in_vain = 0;
     for victim in VICTIMS {
-        let mut times = Vec::new();
-        let mut in_vain = 0;
-        for _ in 0..kills() {
-            // Each in a job of its own: one that has hung is of no more use.
-            let mut job = Job::start(Launcher::Torchrun);
-            match job.recover_from(victim, 0, PATIENCE) {
-                Some(took) => times.push(took),
-                None => in_vain += 1,
+        for (launcher, times) in of_each {
+            let took = measure(launcher, victim, times);
+            if launcher == Launcher::Paceline {
+                in_vain += times - took.len();
             }
+            table.push(row(launcher, victim, times, took));
         }
-        tell("torchrun", victim, times, in_vain);
     }
+    println!("\nfrom SIGKILL to the first step of all ranks in the next generation\n{}", table.join("\n"));
+    assert_eq!(in_vain, 0, "not all have recovered under paceline run");
 }
 
-fn tell(who: &str, victim: Victim, mut times: Vec<Duration>, in_vain: usize) {
-    times.sort();
-    let [median, most] = [times.get(times.len() / 2), times.last()]
-        .map(|time| time.map_or_else(|| "-".to_owned(), |time| format!("{:.1} s", time.as_secs_f64())));
-    println!(
-        "{who:<12} {victim:?} killed {} times: first step of the next generation after {median} (median), {most} (most); \
-         {in_vain} have not recovered",
-        times.len() + in_vain
-    );
+/// Kills so often, and returns how long each recovery took. A job that has not recovered is of no more use, and another one
+/// takes its place.
+fn measure(launcher: Launcher, victim: Victim, times: usize) -> Vec<Duration> {
+    let mut took = Vec::new();
+    let mut present: Option<Job> = None;
+    for round in 0..times {
+        let mut job = present.take().unwrap_or_else(|| Job::start(launcher));
+        match job.recover_from(victim, round) {
+            Ok(time) => {
+                println!("{launcher}, {victim}, {} of {times}: {:.1} s", round + 1, time.as_secs_f64());
+                took.push(time);
+                present = Some(job);
+            }
+            Err(why) => {
+                println!("{launcher}, {victim}, {} of {times}: {why}", round + 1);
+                if launcher == Launcher::Paceline {
+                    println!("{}", job.logs());
+                }
+            }
+        }
+    }
+    took
+}
+
+fn row(launcher: Launcher, victim: Victim, times: usize, mut took: Vec<Duration>) -> String {
+    took.sort();
+    let in_words =
+        |time: Option<&Duration>| time.map_or("-".to_owned(), |t| format!("{:.1} s", t.as_secs_f64()));
+    let (victim, launcher) = (victim.to_string(), launcher.to_string());
+    let recovered = format!("{} of {times}", took.len());
+    let [median, longest] = [took.get(took.len() / 2), took.last()].map(in_words);
+    format!("{victim:<20} {launcher:<12} {recovered:>10} {median:>10} {longest:>10}")
 }
 
 /// A job that trains.
@@ -138,8 +188,9 @@ impl Job {
             let started = job.launch(node);
             job.nodes.push(started);
         }
-        let started = job.wait_for_steps(&[0; NODES], LIMIT);
-        assert!(started.is_some(), "{launcher:?}: no step within {LIMIT:?}\n{}", job.logs());
+        if let Err(why) = job.wait_for_steps(&[0; NODES], LIMIT) {
+            panic!("{launcher} has not started: {why}\n{}", job.logs());
+        }
         job
     }
 
@@ -180,8 +231,8 @@ impl Job {
         command.spawn().expect("the launcher starts")
     }
 
-    /// Kills one, and waits for all ranks' first step after that. Returns how long that took; `None` if it did not come.
-    fn recover_from(&mut self, victim: Victim, round: usize, limit: Duration) -> Option<Duration> {
+    /// Kills one, and waits for all ranks' first step after that. Returns how long that took, or why it did not come.
+    fn recover_from(&mut self, victim: Victim, round: usize) -> Result<Duration, String> {
         let before = self.firsts();
         let pids: Vec<i32> = before.iter().map(|first| first.as_ref().expect("it trains").pid).collect();
         let killed_at =
@@ -191,12 +242,12 @@ impl Job {
             Victim::Launcher => self.replace(1 + round % (NODES - 1)),
             Victim::LeadingLauncher => self.replace(0),
         }
-        let firsts = self.wait_for_steps(&pids, limit)?;
+        let firsts = self.wait_for_steps(&pids, self.launcher.patience())?;
         for (before, after) in before.iter().flatten().zip(&firsts) {
             assert!(before.step <= after.step, "steps were forgotten: {before:?} and then {after:?}");
         }
         let last = firsts.iter().map(|first| first.at_s).fold(0.0, f64::max);
-        Some(Duration::from_secs_f64((last - killed_at).max(0.0)))
+        Ok(Duration::from_secs_f64((last - killed_at).max(0.0)))
     }
 
     fn replace(&mut self, node: usize) {
@@ -212,23 +263,25 @@ impl Job {
 
     /// Waits until each rank has another process than that one, which has done a step. torchrun's agents that end are
     /// started again too; Paceline's launchers do not end.
-    fn wait_for_steps(&mut self, before: &[i32], limit: Duration) -> Option<Vec<First>> {
+    fn wait_for_steps(&mut self, before: &[i32], limit: Duration) -> Result<Vec<First>, String> {
         let deadline = Instant::now() + limit;
         loop {
             let firsts: Vec<First> = self.firsts().into_iter().flatten().collect();
             self.workers.extend(firsts.iter().map(|first| first.pid));
             if firsts.len() == NODES && firsts.iter().zip(before).all(|(first, before)| first.pid != *before)
             {
-                return Some(firsts);
+                return Ok(firsts);
             }
             if Instant::now() >= deadline {
-                return None;
+                return Err(format!("no step of all ranks within {} s", limit.as_secs()));
             }
             for node in 0..NODES {
                 let ended =
                     self.nodes.get_mut(node).and_then(|node| node.try_wait().expect("it is our child"));
                 let Some(status) = ended else { continue };
-                assert!(self.launcher == Launcher::Torchrun, "launcher {node}: {status}\n{}", self.logs());
+                if self.launcher == Launcher::Paceline {
+                    return Err(format!("launcher {node} has ended: {status}"));
+                }
                 std::thread::sleep(SUPERVISION);
                 self.nodes[node] = self.launch(node);
             }

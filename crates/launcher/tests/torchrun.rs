@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Read;
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -400,6 +401,36 @@ fn without_restarts_the_loss_of_launcher_0_ends_the_job() {
 }
 
 #[test]
+fn a_launcher_of_a_former_run_is_not_let_into_the_next_one() {
+    let folder = Folder::new();
+    let (endpoint, secret) = (free_endpoint(), folder.write("secret", "b1946ac92492d2347c6235b4d2611184"));
+    let launcher = format!("echo $PPID > {}.$TORCHELASTIC_RUN_ID.$RANK\n", folder.name("launcher"));
+    let then = "[ $TORCHELASTIC_RUN_ID = tuesday ] && exit 0\nexec sleep 1000";
+    let program = launcher + &noting(&folder.name("notes.$TORCHELASTIC_RUN_ID"), then);
+    let run = |id| {
+        ["0", "1"].map(|node| {
+            let more = ["--rdzv-id", id, "--node-rank", node, "--max-restarts", "1"];
+            started(&mut shell(&of_two(&endpoint, &secret, &more), &program))
+        })
+    };
+    let [first, left] = run("monday");
+    wait_for_lines(&folder.path("notes.monday"), 2);
+    let pid = fs::read_to_string(folder.path("launcher.monday.0")).expect("written");
+    kill_process(Pid::from_raw(pid.trim().parse().expect("a number")).expect("a pid"), Signal::KILL)
+        .expect("it runs");
+    first.wait_with_output().expect("it ends");
+    // The one that is left looks for another launcher 0 where the next run has its own.
+    let next = run("tuesday");
+    let left = left.wait_with_output().expect("it ends");
+    assert_code(&left, 138);
+    let line = "node 0 was started with --rdzv-id tuesday and node 1 with monday; it is of another run";
+    assert!(text(&left.stderr).lines().any(|found| found.ends_with(line)), "{}", told(&left));
+    for child in next {
+        assert_code(&child.wait_with_output().expect("it ends"), 0);
+    }
+}
+
+#[test]
 fn launcher_0_that_was_told_to_stop_does_not_wait_for_the_work_of_others() {
     let folder = Folder::new();
     let (endpoint, secret) = (free_endpoint(), folder.write("secret", "b1946ac92492d2347c6235b4d2611184"));
@@ -443,6 +474,130 @@ fn launchers_that_are_all_started_alike_agree_on_their_numbers() {
     ranks.sort_unstable();
     assert_eq!(ranks, ["0", "1", "2"], "{notes:?}");
     assert_new_port_each(&notes, 1);
+}
+
+// Machines that come and go
+
+/// A job of launchers whose number may change, and what its ranks have noted of each generation:
+/// `<generation> <node> <RANK> <WORLD_SIZE> <TORCHELASTIC_RESTART_COUNT> <MASTER_PORT>`.
+struct Changing {
+    folder: Folder,
+    endpoint: String,
+    secret: String,
+    nnodes: &'static str,
+    more: &'static [&'static str],
+    /// What a rank does when all ranks of its generation are there.
+    then: &'static str,
+}
+
+impl Changing {
+    fn new(nnodes: &'static str, more: &'static [&'static str], then: &'static str) -> Self {
+        let folder = Folder::new();
+        let secret = folder.write("secret", "b1946ac92492d2347c6235b4d2611184");
+        Self { folder, endpoint: free_endpoint(), secret, nnodes, more, then }
+    }
+
+    fn start(&self, node: usize) -> Child {
+        let notes = self.folder.name("notes");
+        let program = format!(
+            "echo $PPID > {}.$NODE\n\
+             echo $PACELINE_GENERATION $NODE $RANK $WORLD_SIZE $TORCHELASTIC_RESTART_COUNT $MASTER_PORT >> {notes}\n\
+             while [ $(grep -c \"^$PACELINE_GENERATION \" {notes}) -lt $WORLD_SIZE ]; do sleep 0.02; done\n{}",
+            self.folder.name("launcher"),
+            self.then
+        );
+        let node = node.to_string();
+        let common =
+            ["--nnodes", self.nnodes, "--node-rank", &node, "--rdzv-backend", "c10d", "--bind", "none"];
+        let meeting = ["--rdzv-endpoint", &self.endpoint, "--job-secret", &self.secret];
+        let flags = [&common[..], &meeting, self.more].concat();
+        started(shell(&flags, &program).env("NODE", &node).env("SEEN", self.folder.name("seen")))
+    }
+
+    /// Kills the launcher of a node, as the last rank there has noted it.
+    fn kill(&self, node: usize, child: Child) {
+        let pid = fs::read_to_string(self.folder.path(&format!("launcher.{node}"))).expect("written");
+        let pid = Pid::from_raw(pid.trim().parse().expect("a number")).expect("a pid");
+        kill_process(pid, Signal::KILL).expect("it runs");
+        child.wait_with_output().expect("it ends");
+    }
+
+    /// Waits until the generations so far have noted so many ranks. Returns those of the last one as
+    /// `<node> <RANK> <WORLD_SIZE> <TORCHELASTIC_RESTART_COUNT>`, sorted.
+    fn generation(&self, number: usize, noted: usize) -> Vec<String> {
+        let notes = wait_for_lines(&self.folder.path("notes"), noted);
+        let of_it = notes.iter().filter_map(|note| note.strip_prefix(&format!("{number} ")));
+        let mut found: Vec<String> =
+            of_it.filter_map(|note| note.rsplit_once(' ').map(|(rest, _port)| rest.to_owned())).collect();
+        found.sort_unstable();
+        found
+    }
+}
+
+#[test]
+fn under_a_plain_program_machines_come_and_go_and_all_ranks_start_again_on_those_that_are_there() {
+    const MORE: [&str; 4] = ["--max-restarts", "1", "--rdzv-conf", "last_call_timeout=1"];
+    let job = Changing::new("2:3", &MORE, "[ $PACELINE_GENERATION = 3 ] && exit 0\nexec sleep 1000");
+    let [first, second] = [0, 1].map(|node| job.start(node));
+    assert_eq!(job.generation(0, 2), ["0 0 2 0", "1 1 2 0"], "without the third, after the last call");
+    let third = job.start(2);
+    assert_eq!(job.generation(1, 5), ["0 0 3 0", "1 1 3 0", "2 2 3 0"], "it has cost no restart");
+    job.kill(1, second);
+    assert_eq!(job.generation(2, 7), ["0 0 2 1", "2 1 2 1"], "the others close ranks");
+    let second = job.start(1);
+    assert_eq!(job.generation(3, 10), ["0 0 3 1", "1 1 3 1", "2 2 3 1"]);
+    let ended = [first, second, third].map(|child| child.wait_with_output().expect("it ends"));
+    ended.iter().for_each(|output| assert_code(output, 0));
+    let said = text(&ended[0].stderr);
+    for line in [
+        "the launcher of node 2 has come; the job starts again on 3 nodes",
+        "; the job starts again (1 of 1)",
+        "the launcher of node 1 has come; the job starts again on 3 nodes",
+    ] {
+        assert!(said.contains(line), "{line}: {said}");
+    }
+}
+
+#[test]
+fn with_fewer_machines_than_may_be_the_job_waits_for_others_and_then_ends_with_its_cause() {
+    const MORE: [&str; 6] =
+        ["--max-restarts", "1", "--rdzv-conf", "last_call_timeout=0.5", "--rdzv-timeout", "10"];
+    let job = Changing::new("2:3", &MORE, "exec sleep 1000");
+    let [first, second] = [0, 1].map(|node| job.start(node));
+    job.generation(0, 2);
+    job.kill(1, second);
+    let first = first.wait_with_output().expect("it ends");
+    assert_code(&first, 138);
+    assert!(text(&first.stderr).contains("node 1, node 2 did not come again"), "{}", told(&first));
+}
+
+#[test]
+fn a_machine_that_comes_when_ranks_have_finished_does_not_start_them_again() {
+    const MORE: [&str; 2] = ["--rdzv-conf", "last_call_timeout=0.5"];
+    let job = Changing::new("2:4", &MORE, "[ $RANK = 0 ] && exit 0\nuntil [ -e $SEEN ]; do sleep 0.02; done");
+    let [mut first, second] = [0, 1].map(|node| job.start(node));
+    read_until(&mut first, "waiting for the ranks of node 1; those here have ended");
+    let mut third = job.start(2);
+    read_until(&mut third, "waiting for node 3");
+    job.folder.write("seen", "");
+    for (child, code) in [(first, 0), (second, 0), (third, 1)] {
+        let output = child.wait_with_output().expect("it ends");
+        assert_code(&output, code);
+        let is_left_out = text(&output.stderr).contains("the job has ended without this node");
+        assert_eq!(is_left_out, code == 1, "{}", told(&output));
+    }
+    assert_eq!(job.generation(0, 2).len(), 2);
+}
+
+/// Reads what the launcher says up to a line with these words.
+fn read_until(child: &mut Child, words: &str) {
+    let stderr = child.stderr.as_mut().expect("a pipe");
+    let (mut line, mut byte) = (Vec::new(), [0]);
+    // One byte at a time, so that the rest is left to whoever waits for the end.
+    while !String::from_utf8_lossy(&line).contains(words) {
+        assert_eq!(stderr.read(&mut byte).expect("it can be read"), 1, "it has ended and not said: {words}");
+        if byte[0] == b'\n' { line.clear() } else { line.push(byte[0]) }
+    }
 }
 
 // Files

@@ -16,6 +16,10 @@
 //!                               ◀─────  or Waiting{missing} and Start again: the next generation of the job
 //! Beat                          ◀────▶  every half second; silence for 5 s is a loss
 //! ```
+//! Where fewer nodes will do, the job starts with those that are there when no other one has come for a while; the nodes
+//! that take part, in their order, have its ranks. A launcher that comes later is told to all as if it were a failure,
+//! and the next generation is one with it.
+//!
 //! A launcher that loses launcher 0 may come again, to another one at the same place, which goes on with the generation
 //! after the last one that any of them has been part of.
 //!
@@ -88,10 +92,19 @@ impl Layout {
     pub fn ranks(self, node: usize) -> std::ops::Range<usize> {
         node * self.ranks_per_node..(node + 1) * self.ranks_per_node
     }
+}
 
-    pub(crate) fn node_of(self, rank: usize) -> usize {
-        rank / self.ranks_per_node
-    }
+/// What all launchers of a job must have been started with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Terms {
+    /// How the ranks are spread when all nodes are there.
+    pub layout: Layout,
+    /// With how many nodes the job runs too.
+    pub least_nodes: usize,
+    /// How long it then waits for another one since the last has come.
+    pub last_call: Duration,
+    /// The name of the run.
+    pub run_id: String,
 }
 
 /// One start of all ranks of the job.
@@ -99,8 +112,12 @@ impl Layout {
 pub struct Generation {
     /// How many there have been before.
     pub number: u32,
-    /// How many there may be after the first, as launcher 0 was told.
+    /// How many of those have ended because another node came.
+    pub changes: u32,
+    /// How many may end in a failure and be followed by another one, as launcher 0 was told.
     pub max_restarts: u32,
+    /// The nodes that take part, in the order of their ranks.
+    pub nodes: Vec<u32>,
     /// Where the programs meet by themselves, if they do: a name or an address of node 0,
     pub master_addr: String,
     /// and a port there, which is no other generation's.
@@ -108,16 +125,39 @@ pub struct Generation {
 }
 
 impl Generation {
-    /// How often the job may start again.
+    /// How often the job has started again after a failure.
+    pub fn restarts(&self) -> u32 {
+        self.number.saturating_sub(self.changes)
+    }
+
+    /// How often it may do so again.
     pub fn restarts_left(&self) -> u32 {
-        // Each generation has cost one.
-        self.max_restarts.saturating_sub(self.number)
+        self.max_restarts.saturating_sub(self.restarts())
+    }
+
+    /// The place of a node among those that take part.
+    pub fn place(&self, node: u32) -> Option<u32> {
+        self.nodes.iter().position(|&other| other == node).map(|place| place as u32)
+    }
+
+    /// What another launcher 0 has to know of it.
+    pub fn past(&self) -> Past {
+        Past { number: self.number, changes: self.changes }
     }
 
     /// With another launcher's words made fit for an environment variable.
     fn quoted(self) -> Self {
         Self { master_addr: quote(&self.master_addr), ..self }
     }
+}
+
+/// The last generation that a launcher has been part of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Past {
+    /// See [`Generation::number`].
+    pub number: u32,
+    /// See [`Generation::changes`].
+    pub changes: u32,
 }
 
 /// What made a job fail.
@@ -153,7 +193,7 @@ impl fmt::Display for Failure {
 /// From a launcher to launcher 0.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Report {
-    Attend { claim: Claim, after: Option<u32> },
+    Attend { claim: Claim, after: Option<Past> },
     Died { rank: u32, cause: String, exit_code: u8, by_itself: bool },
     Exited { rank: u32 },
     Ended,
@@ -195,15 +235,23 @@ pub(crate) fn quote(cause: &str) -> String {
 /// The places of the launchers other than launcher 0, which has node 0.
 #[derive(Debug)]
 pub(crate) struct Seats {
-    layout: Layout,
+    terms: Terms,
     seats: BTreeMap<u32, Seat>,
-    /// Since when all have come.
+    /// When the last one has come.
+    came: Option<Instant>,
+    /// Whether the last call is over whoever has come.
+    called: bool,
+    /// Since when enough have come.
     complete: Option<Instant>,
     started: bool,
+    /// The nodes of the generation that has started last; before the first all.
+    present: Vec<u32>,
     /// How often the job may start again.
     restarts: u32,
+    /// It starts again because another node has come.
+    changes: bool,
     /// The last generation that any launcher has been part of, if one has come from another launcher 0.
-    after: Option<u32>,
+    after: Option<Past>,
 }
 
 #[derive(Debug)]
@@ -226,9 +274,42 @@ enum Presence {
 }
 
 impl Seats {
-    pub(crate) fn new(layout: Layout) -> Self {
-        let started = layout.nodes == 1;
-        Self { layout, seats: BTreeMap::new(), complete: None, started, restarts: 0, after: None }
+    pub(crate) fn new(terms: Terms) -> Self {
+        Self {
+            seats: BTreeMap::new(),
+            came: None,
+            called: false,
+            complete: None,
+            started: terms.layout.nodes == 1,
+            present: (0..terms.layout.nodes as u32).collect(),
+            restarts: 0,
+            changes: false,
+            after: None,
+            terms,
+        }
+    }
+
+    /// How many ranks the generation has that has started last.
+    pub(crate) fn world_size(&self) -> usize {
+        self.present.len() * self.terms.layout.ranks_per_node
+    }
+
+    /// The ranks of a node in it.
+    pub(crate) fn ranks(&self, node: u32) -> std::ops::Range<u32> {
+        let per_node = self.terms.layout.ranks_per_node as u32;
+        let place = self.present.iter().position(|&present| present == node);
+        place.map_or(0..0, |place| place as u32 * per_node..(place as u32 + 1) * per_node)
+    }
+
+    /// The name of the member that is this rank of it: certificates are for places, which last longer than a generation.
+    pub(crate) fn member(&self, rank: usize) -> Option<String> {
+        let per_node = self.terms.layout.ranks_per_node;
+        let node = *self.present.get(rank / per_node)? as usize;
+        self.terms.layout.ranks(node).nth(rank % per_node).map(worker)
+    }
+
+    fn is_present(&self, node: u32) -> bool {
+        self.present.contains(&node)
     }
 
     /// Lets the job start again so often.
@@ -237,30 +318,51 @@ impl Seats {
     }
 
     /// A launcher that attends has been part of this generation, under another launcher 0.
-    pub(crate) fn comes_after(&mut self, generation: u32) {
-        self.after = self.after.max(Some(generation));
+    pub(crate) fn comes_after(&mut self, past: Past) {
+        self.after = self.after.max(Some(past));
     }
 
     /// The one of these that starts: the first, or, where launchers have come from another launcher 0, the other one
     /// with the number after theirs. It costs a restart as any does.
     pub(crate) fn begins_with(&mut self, first: Generation, instead: Generation) -> Generation {
-        let next = self.after.take().map(|after| after.saturating_add(1));
-        let Some(number) = next.filter(|&number| number > first.number) else { return first };
-        let next = Generation { number, ..instead };
+        let nodes = self.present.clone();
+        let after = self.after.take().filter(|after| after.number >= first.number);
+        let Some(Past { number, changes }) = after else { return Generation { nodes, ..first } };
+        let next = Generation { number: number.saturating_add(1), changes, nodes, ..instead };
         self.restarts = next.restarts_left();
         next
     }
 
     /// Whether the job may start again.
     pub(crate) fn may_restart(&self) -> bool {
-        self.restarts > 0
+        self.restarts > 0 || self.changes
     }
 
-    /// The job starts again as soon as all launchers are there: those that `are_connected`, and others in place of the rest.
-    pub(crate) fn begin_again(&mut self, is_connected: impl Fn(u32) -> bool) {
-        self.restarts = self.restarts.saturating_sub(1);
-        self.started = self.layout.nodes == 1;
-        self.complete = None;
+    /// Whether the launcher of this node, which attends, has come to a job that runs without it.
+    pub(crate) fn is_late(&self, node: u32) -> bool {
+        self.started && !self.is_present(node)
+    }
+
+    /// The job starts again because another node has come.
+    pub(crate) fn change(&mut self) {
+        self.changes = true;
+    }
+
+    /// Whether it does.
+    pub(crate) fn changes(&self) -> bool {
+        self.changes
+    }
+
+    /// The job starts again, as `next`, as soon as enough launchers are there: those that `are_connected`, and others in place of
+    /// the rest.
+    pub(crate) fn begin_again(&mut self, next: &Generation, is_connected: impl Fn(u32) -> bool) {
+        self.restarts = next.restarts_left();
+        self.started = self.terms.layout.nodes == 1;
+        let has_come = std::mem::take(&mut self.changes);
+        let has_gone = self.present.iter().any(|&node| node != 0 && !is_connected(node));
+        // After the failure of a rank alone there is nobody to wait for.
+        self.called = !has_come && !has_gone;
+        (self.came, self.complete) = (None, None);
         for (&node, seat) in &mut self.seats {
             seat.presence = if is_connected(node) { Presence::Attending } else { Presence::Lost };
         }
@@ -268,18 +370,28 @@ impl Seats {
 
     /// Decides about a node that knows the secret.
     pub(crate) fn admit(&mut self, claim: &Claim, remote: SocketAddr, now: Instant) -> Verdict {
-        let &Claim { node, nodes, ranks_per_node, incarnation } = claim;
+        let &Claim { node, nodes, least_nodes, ranks_per_node, ref run_id, incarnation } = claim;
+        let Terms { layout, least_nodes: least, run_id: ours, .. } = &self.terms;
         let refused = |reason: String| Verdict::Refused(reason);
-        if nodes as usize != self.layout.nodes {
+        // First: a launcher of another run has every right to other numbers.
+        if run_id != ours {
             return refused(format!(
-                "node 0 was started with --nnodes {} and node {node} with {nodes}",
-                self.layout.nodes
+                "node 0 was started with --rdzv-id {} and node {node} with {}; it is of another run",
+                quote(ours),
+                quote(run_id)
             ));
         }
-        if ranks_per_node as usize != self.layout.ranks_per_node {
+        if (nodes as usize, least_nodes as usize) != (layout.nodes, *least) {
+            return refused(format!(
+                "node 0 was started with --nnodes {} and node {node} with {}",
+                span(*least, layout.nodes),
+                span(least_nodes as usize, nodes as usize)
+            ));
+        }
+        if ranks_per_node as usize != layout.ranks_per_node {
             return refused(format!(
                 "node 0 was started with --nproc-per-node {} and node {node} with {ranks_per_node}",
-                self.layout.ranks_per_node
+                layout.ranks_per_node
             ));
         }
         if node == 0 || node >= nodes {
@@ -297,7 +409,7 @@ impl Seats {
             },
             Some(seat) => match seat.presence {
                 Presence::Promised(until) if until <= now => {}
-                Presence::Lost if !self.started => {}
+                Presence::Lost if !self.started || !self.is_present(node) => {}
                 Presence::Promised(_) | Presence::Attending => {
                     let holder = seat.remote.ip();
                     return Verdict::NotNow(format!("node {node} is taken by a live launcher at {holder}"));
@@ -325,7 +437,8 @@ impl Seats {
     pub(crate) fn may_certify(&self, claim: &Claim, member: &str) -> bool {
         let node = claim.node as usize;
         let holds = self.seats.get(&claim.node).is_some_and(|seat| seat.incarnation == claim.incarnation);
-        holds && (member == launcher(node) || self.layout.ranks(node).any(|rank| member == worker(rank)))
+        holds
+            && (member == launcher(node) || self.terms.layout.ranks(node).any(|rank| member == worker(rank)))
     }
 
     /// The launcher of `node` has come, with a certificate that says so. Where it did not get that from us, its
@@ -348,6 +461,7 @@ impl Seats {
                 Presence::Promised(until) if now < until || !self.started => {
                     seat.presence = Presence::Attending;
                     seat.heard = now;
+                    self.came = Some(now);
                     Verdict::Admitted
                 }
                 _ => refused(format!("node {node} has come before")),
@@ -374,8 +488,10 @@ impl Seats {
         let was = self.seats.get(&node).map(|seat| seat.presence);
         if was == Some(Presence::Attending) {
             self.set(node, Presence::Lost);
+            // Before the start another one may come in its place.
+            self.called &= self.started;
         }
-        was == Some(Presence::Attending) && self.started
+        was == Some(Presence::Attending) && self.started && self.is_present(node)
     }
 
     fn set(&mut self, node: u32, presence: Presence) {
@@ -387,26 +503,57 @@ impl Seats {
     /// The nodes that have not come.
     pub(crate) fn missing(&self) -> Vec<u32> {
         let came = |node: &u32| self.seats.get(node).is_some_and(|seat| seat.presence == Presence::Attending);
-        (1..self.layout.nodes as u32).filter(|node| !came(node)).collect()
+        (1..self.terms.layout.nodes as u32).filter(|node| !came(node)).collect()
     }
 
-    /// Starts the job if all have come and have been heard since: true once. One that has died since it came
-    /// and is not missed yet would be the end of the job, while before the start it may come again.
+    /// Whether so many have come that the job can run.
+    pub(crate) fn are_enough(&self) -> bool {
+        self.missing().len() <= self.terms.layout.nodes - self.terms.least_nodes
+    }
+
+    /// When the wait for others is over for those that have come, if they are enough.
+    pub(crate) fn last_call_ends(&self, now: Instant) -> Option<Instant> {
+        let is_over = self.called || self.missing().is_empty();
+        let end = if is_over { now } else { self.came.unwrap_or(now) + self.terms.last_call };
+        self.are_enough().then_some(end)
+    }
+
+    /// Nobody is waited for any more once enough have come.
+    pub(crate) fn end_last_call(&mut self) {
+        self.called = true;
+    }
+
+    /// Starts the job if all have come, or enough and no other one for a while, and have been heard since: true once. One that
+    /// has died since it came and is not missed yet would be a failure of the job, while before the start it may come again.
     pub(crate) fn start(&mut self, now: Instant) -> bool {
-        if self.started || !self.missing().is_empty() {
+        if self.started {
+            return false;
+        }
+        self.came.get_or_insert(now);
+        if self.last_call_ends(now).is_none_or(|end| end > now) {
             self.complete = None;
             return false;
         }
         let complete = *self.complete.get_or_insert(now);
-        self.started = self.seats.values().all(|seat| seat.heard > complete);
+        let attending = self.seats.iter().filter(|(_, seat)| seat.presence == Presence::Attending);
+        self.started = attending.clone().all(|(_, seat)| seat.heard > complete);
+        if self.started {
+            self.present = std::iter::once(0).chain(attending.map(|(&node, _)| node)).collect();
+        }
         self.started
     }
 
     /// The nodes other than 0 whose ranks have not ended.
     pub(crate) fn at_work(&self) -> Vec<u32> {
         let gone = |seat: &Seat| matches!(seat.presence, Presence::Ended | Presence::Lost);
-        self.seats.iter().filter(|(_, seat)| !gone(seat)).map(|(node, _)| *node).collect()
+        let at_work = self.seats.iter().filter(|(node, seat)| self.is_present(**node) && !gone(seat));
+        at_work.map(|(node, _)| *node).collect()
     }
+}
+
+/// A number of nodes as it was written.
+fn span(least: usize, most: usize) -> String {
+    if least == most { most.to_string() } else { format!("{least}:{most}") }
 }
 
 /// Who has failed, and because of whom.
@@ -453,6 +600,11 @@ impl Causes {
         self.ends.entry(rank).or_insert(None);
     }
 
+    /// Whether any rank has exited with code 0.
+    pub(crate) fn any_exited(&self) -> bool {
+        self.ends.values().any(Option::is_none)
+    }
+
     pub(crate) fn blames(&mut self, blamer: u32, culprit: u32) {
         self.blamed.entry(blamer).or_insert(culprit);
     }
@@ -490,6 +642,8 @@ pub struct Attendance {
 }
 
 struct Heard {
+    /// This node.
+    node: u32,
     state: Mutex<HeardState>,
     on_change: OnChange,
 }
@@ -520,6 +674,9 @@ impl Heard {
             Order::Verdict { cause } => {
                 self.update(|state| state.verdict = Some(cause.map(Failure::quoted)));
             }
+            Order::Start(generation) if generation.place(self.node).is_none() => {
+                self.update(|state| lost(state, LEFT_OUT));
+            }
             Order::Start(generation) => self.update(|state| {
                 *state = HeardState::of(generation);
             }),
@@ -543,13 +700,16 @@ impl Heard {
     }
 }
 
+/// Said of a start that does not count on this launcher, which had come.
+const LEFT_OUT: &str = "it has started the job without this node";
+
 /// A launcher that comes to launcher 0.
 #[derive(Clone, Debug)]
 pub struct Comer {
     /// Who it is.
     pub claim: Claim,
     /// The generation that it has been part of, if it has lost launcher 0 since.
-    pub after: Option<u32>,
+    pub after: Option<Past>,
     /// Until when it waits for the others.
     pub deadline: Instant,
     /// How long it waits for its place to become free.
@@ -572,9 +732,10 @@ impl Attendance {
         on_change: OnChange,
     ) -> Result<Self, Error> {
         let (reports, outgoing) = unbounded_channel();
+        let node = comer.claim.node;
         let attending = attend_in_the_end(dialler, server.to_owned(), comer, waiting);
         let (lane, first) = io.block_on(attending)??;
-        let heard = Arc::new(Heard { state: Mutex::new(HeardState::of(first)), on_change });
+        let heard = Arc::new(Heard { node, state: Mutex::new(HeardState::of(first)), on_change });
         let task = io.spawn(follow(lane, outgoing, heard.clone()));
         Ok(Self { reports, heard, task })
     }
@@ -680,6 +841,7 @@ async fn attend(
     waiting: &mut impl Fn(&[u32]),
 ) -> Result<Answered, Error> {
     let failed = |reason: String| Error::Rendezvous { endpoint: server.to_owned(), reason };
+    let node = claim.node;
     let connection = dial(dialler, server, deadline).await.map_err(&failed)?;
     let (mut sender, mut receiver) = connection.open_messages().await?;
     sender.send(&Report::Attend { claim, after }).await?;
@@ -702,6 +864,12 @@ async fn attend(
         };
         last = Instant::now();
         match order {
+            Some(Order::Start(generation)) if generation.place(node).is_none() => {
+                return Err(failed(format!("{LAUNCHER}: {LEFT_OUT}")));
+            }
+            Some(Order::Verdict { .. }) => {
+                return Err(failed("the job has ended without this node".to_owned()));
+            }
             Some(Order::Start(generation)) => {
                 let lane = Lane { _connection: connection, sender, receiver };
                 return Ok(Answered::Start(lane, generation));
@@ -798,7 +966,23 @@ mod tests {
     const LAYOUT: Layout = Layout { nodes: 3, ranks_per_node: 2 };
 
     fn claim(node: u32, incarnation: u128) -> Claim {
-        Claim { node, nodes: 3, ranks_per_node: 2, incarnation }
+        let run_id = "tuesday".to_owned();
+        Claim { node, nodes: 3, least_nodes: 3, ranks_per_node: 2, run_id, incarnation }
+    }
+
+    fn seats() -> Seats {
+        Seats::new(terms(3))
+    }
+
+    fn terms(least_nodes: usize) -> Terms {
+        Terms { layout: LAYOUT, least_nodes, last_call: LAST_CALL, run_id: "tuesday".to_owned() }
+    }
+
+    const LAST_CALL: Duration = Duration::from_secs(30);
+
+    fn generation(number: u32, master_port: u16) -> Generation {
+        let (master_addr, nodes) = ("host".to_owned(), vec![0, 1, 2]);
+        Generation { number, changes: 0, max_restarts: 5, nodes, master_addr, master_port }
     }
 
     fn remote() -> SocketAddr {
@@ -816,7 +1000,7 @@ mod tests {
 
     /// Seats in which the nodes attend, each with its number for an incarnation.
     fn attended(nodes: &[u32], now: Instant) -> Seats {
-        let mut seats = Seats::new(LAYOUT);
+        let mut seats = seats();
         for &node in nodes {
             assert_eq!(seats.admit(&claim(node, node.into()), remote(), now), Verdict::Admitted);
             assert_eq!(seats.attend(node, &claim(node, node.into()), remote(), now), Verdict::Admitted);
@@ -864,34 +1048,119 @@ mod tests {
 
     #[test]
     fn the_job_goes_on_after_the_last_generation_that_any_launcher_has_been_part_of() {
-        let generation = |number, master_port| Generation {
-            number,
-            max_restarts: 5,
-            master_addr: "host".to_owned(),
-            master_port,
-        };
-        let mut seats = Seats::new(LAYOUT);
+        let mut seats = seats();
         seats.allow_restarts(5);
         let begins = |seats: &mut Seats| seats.begins_with(generation(0, 1), generation(1, 2));
         assert_eq!(begins(&mut seats), generation(0, 1), "nobody has been part of another one");
-        seats.comes_after(2);
-        seats.comes_after(1);
+        let past = |number, changes| Past { number, changes };
+        seats.comes_after(past(2, 0));
+        seats.comes_after(past(1, 0));
         assert_eq!(begins(&mut seats), generation(3, 2));
         assert_eq!(seats.restarts, 2, "each has cost one");
-        seats.comes_after(3);
+        seats.comes_after(past(2, 1));
+        assert_eq!(begins(&mut seats), Generation { changes: 1, ..generation(3, 2) });
+        assert_eq!(seats.restarts, 3, "a node that came has cost none");
+        seats.comes_after(past(3, 0));
         let next = seats.begins_with(generation(4, 1), generation(4, 1));
-        assert_eq!((next.number, seats.restarts), (4, 2), "its link to this launcher 0 was cut");
+        assert_eq!((next.number, seats.restarts), (4, 3), "its link to this launcher 0 was cut");
+    }
+
+    /// Seats of a job that runs with one node too, and what its nodes claim.
+    fn few(nodes: &[u32], now: Instant) -> Seats {
+        let mut seats = Seats::new(terms(1));
+        nodes.iter().for_each(|&node| come(&mut seats, node, u128::from(node), now));
+        seats
+    }
+
+    fn come(seats: &mut Seats, node: u32, incarnation: u128, now: Instant) {
+        let claim = Claim { least_nodes: 1, ..claim(node, incarnation) };
+        assert_eq!(seats.attend(node, &claim, remote(), now), Verdict::Admitted);
+    }
+
+    #[test]
+    fn with_fewer_nodes_the_job_starts_when_no_other_one_has_come_for_a_while() {
+        let now = Instant::now();
+        let mut seats = few(&[2], now);
+        assert!(!seats.start(now) && seats.are_enough());
+        let soon = now + LAST_CALL;
+        assert_eq!(seats.last_call_ends(now), Some(soon));
+        seats.heard(2, soon);
+        assert!(!seats.start(soon), "it may be dead");
+        seats.heard(2, soon + BEAT);
+        assert!(seats.start(soon + BEAT) && !seats.start(soon + BEAT));
+        assert_eq!((seats.world_size(), seats.ranks(2), seats.ranks(1)), (4, 2..4, 0..0));
+        let members = [0, 3, 4].map(|rank| seats.member(rank));
+        assert_eq!(members, [Some("worker-0".to_owned()), Some("worker-5".to_owned()), None]);
+        assert_eq!(seats.at_work(), [2]);
+    }
+
+    #[test]
+    fn each_node_that_comes_prolongs_the_last_call_until_all_are_there_or_the_time_is_up() {
+        let now = Instant::now();
+        let mut seats = few(&[], now);
+        assert!(!seats.start(now));
+        let later = now + LAST_CALL - BEAT;
+        come(&mut seats, 1, 1, later);
+        assert_eq!(seats.last_call_ends(later), Some(later + LAST_CALL));
+        assert!(!seats.start(now + LAST_CALL));
+        seats.end_last_call();
+        assert_eq!(seats.last_call_ends(later), Some(later));
+        let mut seats = few(&[1, 2], now);
+        start(&mut seats, now);
+        assert_eq!(seats.world_size(), 6);
+        let mut fixed = attended(&[1], now);
+        fixed.end_last_call();
+        assert!(!fixed.are_enough() && !fixed.start(now + 2 * LAST_CALL));
+    }
+
+    #[test]
+    fn a_node_that_comes_late_takes_part_in_the_next_generation_which_costs_no_restart() {
+        let now = Instant::now();
+        let mut seats = few(&[1], now);
+        seats.end_last_call();
+        assert!(!seats.start(now) && !seats.is_late(1));
+        seats.heard(1, now + BEAT);
+        assert!(seats.start(now + BEAT));
+        come(&mut seats, 2, 2, now + BEAT);
+        assert!(seats.is_late(2) && !seats.is_late(1));
+        assert_eq!((seats.at_work(), seats.may_restart()), (vec![1], false));
+        seats.change();
+        assert!(seats.may_restart());
+        seats.ended(1);
+        let next = Generation { changes: 1, ..generation(1, 7) };
+        seats.begin_again(&next, |_| true);
+        assert_eq!((seats.restarts, seats.changes()), (5, false));
+        start(&mut seats, now + 2 * BEAT);
+        assert_eq!(seats.begins_with(next.clone(), next).nodes, [0, 1, 2]);
+        assert!(seats.disconnected(2), "now it is a loss");
+        seats.begin_again(&generation(2, 8), |node| node == 1);
+        seats.end_last_call();
+        let later = now + 10 * BEAT;
+        assert!(!seats.start(later));
+        seats.heard(1, later + BEAT);
+        assert!(seats.start(later + BEAT));
+        assert!(!seats.disconnected(2) && seats.missing() == [2], "the others go on");
+        come(&mut seats, 2, 9, later + BEAT);
+        assert!(seats.is_late(2), "it has come again");
+        seats.begin_again(&generation(3, 9), |_| true);
+        assert_eq!(seats.last_call_ends(later), Some(later), "a rank has failed, and no node");
     }
 
     #[test]
     fn a_claim_that_does_not_fit_the_job_is_refused_with_both_values() {
-        let mut seats = Seats::new(LAYOUT);
+        let mut seats = seats();
         let mut admit = |claim: Claim| refusal(seats.admit(&claim, remote(), Instant::now()));
-        assert!(admit(Claim { nodes: 4, ..claim(1, 1) }).contains("--nnodes 3 and node 1 with 4"));
+        assert!(admit(Claim { nodes: 4, ..claim(1, 1) }).contains("--nnodes 3 and node 1 with 3:4"));
+        assert!(admit(Claim { least_nodes: 1, ..claim(1, 1) }).contains("--nnodes 3 and node 1 with 1:3"));
         let text = admit(Claim { ranks_per_node: 8, ..claim(1, 1) });
         assert!(text.contains("--nproc-per-node 2 and node 1 with 8"), "{text}");
         assert!(admit(claim(0, 1)).contains("no place for node 0; the others are 1 to 2"));
         assert!(admit(claim(3, 1)).contains("no place for node 3"));
+        let text = admit(Claim { run_id: "monday".to_owned(), nodes: 4, ..claim(1, 1) });
+        assert_eq!(
+            text,
+            "node 0 was started with --rdzv-id tuesday and node 1 with monday; it is of another run"
+        );
     }
 
     #[test]
@@ -918,7 +1187,7 @@ mod tests {
     #[test]
     fn a_promise_that_is_not_kept_ends() {
         let now = Instant::now();
-        let mut seats = Seats::new(LAYOUT);
+        let mut seats = seats();
         seats.admit(&claim(1, 1), remote(), now);
         assert!(matches!(seats.admit(&claim(1, 2), remote(), now), Verdict::NotNow(_)));
         assert_eq!(seats.admit(&claim(1, 2), remote(), now + PROMISE), Verdict::Admitted);

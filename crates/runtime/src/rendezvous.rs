@@ -35,8 +35,8 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::Error;
 use crate::nodes::{
-    self, BEAT, Causes, Failure, Generation, LOST_NODE, Layout, OnChange, Order, Report, SILENCE, Seats,
-    Settled,
+    self, BEAT, Causes, Failure, Generation, LOST_NODE, OnChange, Order, Report, SILENCE, Seats, Settled,
+    Terms,
 };
 
 /// The member name of the launcher that serves the rendezvous.
@@ -45,10 +45,6 @@ pub const LAUNCHER: &str = "launcher-0";
 /// The member name of the worker that starts as `rank`.
 pub fn worker(rank: usize) -> String {
     format!("worker-{rank}")
-}
-
-fn rank_of(member: &str) -> Option<u32> {
-    member.strip_prefix("worker-")?.parse().ok()
 }
 
 /// From a worker to the server.
@@ -127,7 +123,7 @@ pub enum Start {
 }
 
 struct Shared {
-    layout: Layout,
+    nodes: usize,
     state: Mutex<State>,
     /// The other launchers have all come, or one has come or gone.
     attendance: Notify,
@@ -171,15 +167,16 @@ impl Server {
         io: &IoHandle,
         addr: SocketAddr,
         identity: &Identity,
-        layout: Layout,
+        terms: Terms,
         timeout: Duration,
         on_change: OnChange,
     ) -> Result<Self, paceline_transport::Error> {
+        let nodes = terms.layout.nodes;
         let endpoint = Endpoint::bind(io, addr, identity)?;
         let state = State {
             joined: BTreeMap::new(),
             notices: Vec::new(),
-            seats: Seats::new(layout),
+            seats: Seats::new(terms),
             start: Start::Waiting,
             generation: 0,
             orders: BTreeMap::new(),
@@ -187,11 +184,11 @@ impl Server {
             traced: false,
             completed: false,
         };
-        let shared = Shared { layout, state: Mutex::new(state), attendance: Notify::new(), on_change };
+        let shared = Shared { nodes, state: Mutex::new(state), attendance: Notify::new(), on_change };
         let shared = Arc::new(shared);
         let accept = io.spawn(accept_all(io.clone(), endpoint.clone(), shared.clone()));
         let server = Self { io: io.clone(), endpoint, shared, timeout, accept, patience: Mutex::new(None) };
-        if layout.nodes == 1 {
+        if nodes == 1 {
             server.lose_patience_later();
         }
         Ok(server)
@@ -218,8 +215,8 @@ impl Server {
         self.shared.lock().seats.allow_restarts(most);
     }
 
-    /// Waits until the launchers of all other nodes have come, and starts the job on all of them, as its first generation,
-    /// or, where some of them have lost another launcher 0 of this job, as the generation after theirs, with what `instead`
+    /// Waits until the launchers of all other nodes have come, or enough of them, and starts the job on them, as its first
+    /// generation, or, where some of them have lost another launcher 0 of this job, as the generation after theirs, with what `instead`
     /// says besides its number. `waiting` is called with the nodes that are missing, at the beginning and whenever that
     /// changes. Blocks.
     ///
@@ -251,6 +248,11 @@ impl Server {
         self.shared.lock().start.clone()
     }
 
+    /// Whether the job starts again because another node has come.
+    pub fn changes(&self) -> bool {
+        self.shared.lock().seats.changes()
+    }
+
     /// Whether the job may start again.
     pub fn may_restart(&self) -> bool {
         self.shared.lock().seats.may_restart()
@@ -267,7 +269,7 @@ impl Server {
         {
             let mut state = self.shared.lock();
             let State { seats, orders, .. } = &mut *state;
-            seats.begin_again(|node| orders.contains_key(&node));
+            seats.begin_again(&next, |node| orders.contains_key(&node));
             state.joined.clear();
             state.notices.clear();
             state.causes = Causes::default();
@@ -276,7 +278,7 @@ impl Server {
             state.start = Start::Waiting;
             state.generation = next.number;
         }
-        if self.shared.layout.nodes == 1 {
+        if self.shared.nodes == 1 {
             self.shared.lock().start = Start::Started(next);
         } else {
             let shared = self.shared.clone();
@@ -301,7 +303,7 @@ impl Server {
     /// are its consequences. `cause` completes the sentence "rank 2 …"; `by_itself`: its launcher had not told
     /// it to end. Does not block.
     pub fn announce_death(&self, rank: usize, cause: &str, exit_code: u8, by_itself: bool) {
-        self.shared.died(rank as u32, cause.to_owned(), exit_code, by_itself);
+        self.shared.died((0, rank as u32), cause.to_owned(), exit_code, by_itself);
     }
 
     /// Tells all launchers that the job is over because this rank has exited with code 0 and decides for all: they end
@@ -387,11 +389,10 @@ impl Shared {
     }
 
     fn missing(&self, state: &State) -> Vec<usize> {
-        (0..self.layout.world_size()).filter(|rank| !state.joined.contains_key(rank)).collect()
+        (0..state.seats.world_size()).filter(|rank| !state.joined.contains_key(rank)).collect()
     }
 
-    fn died(&self, rank: u32, cause: String, exit_code: u8, by_itself: bool) {
-        let node = self.layout.node_of(rank as usize) as u32;
+    fn died(&self, (node, rank): (u32, u32), cause: String, exit_code: u8, by_itself: bool) {
         let failure = Failure { node, rank: Some(rank), cause: cause.clone(), exit_code };
         let mut state = self.lock();
         if !state.completed && state.causes.died(rank, failure.clone(), by_itself) {
@@ -415,12 +416,24 @@ impl Shared {
         tracing::warn!(node, reason, "a launcher was lost");
         let failure = Failure { node, rank: None, cause, exit_code: LOST_NODE };
         if !state.completed && state.causes.lost(failure.clone()) {
-            for rank in self.layout.ranks(node as usize) {
+            for rank in state.seats.ranks(node) {
                 let cause = format!("was lost with the launcher of node {node}: {reason}");
-                state.tell(Notice::Died { rank: rank as u32, cause });
+                state.tell(Notice::Died { rank, cause });
             }
             state.order_all(&Order::Failed(failure));
             state.ask_for_traces_once();
+        }
+    }
+
+    /// A launcher has come to a job that runs: all ranks start again, with those of its node too. Where they end in any case it
+    /// waits for what follows.
+    fn take_in(&self, state: &mut State, node: u32) {
+        let cause = "has come".to_owned();
+        let failure = Failure { node, rank: None, cause, exit_code: LOST_NODE };
+        let goes_on = !state.completed && !state.causes.any_exited();
+        if goes_on && state.causes.lost(failure.clone()) {
+            state.seats.change();
+            state.order_all(&Order::Failed(failure));
         }
     }
 
@@ -433,12 +446,16 @@ impl Shared {
     ) {
         let mut told = None;
         loop {
-            let missing = {
+            let (missing, last_call_ends) = {
                 let mut state = self.lock();
-                if state.seats.start(Instant::now()) {
+                let now = Instant::now();
+                if now >= deadline {
+                    state.seats.end_last_call();
+                }
+                if state.seats.start(now) {
                     return state.begin(first, instead);
                 }
-                state.seats.missing()
+                (state.seats.missing(), state.seats.last_call_ends(now))
             };
             if told.as_ref() != Some(&missing) {
                 if !missing.is_empty() {
@@ -447,12 +464,17 @@ impl Shared {
                 self.lock().order_all(&Order::Waiting { missing: missing.clone() });
                 told = Some(missing.clone());
             }
-            // One that has come and is silent is soon heard or missed.
-            let until = if missing.is_empty() { Instant::now() + SILENCE } else { deadline };
+            let until = match last_call_ends {
+                None => deadline,
+                Some(end) if end > Instant::now() => end.min(deadline),
+                // One that has come and is silent is soon heard or missed.
+                Some(_) => Instant::now() + SILENCE,
+            };
             // A permit is stored when somebody comes, speaks or goes meanwhile.
             let _ = tokio::time::timeout_at(until.into(), self.attendance.notified()).await;
-            if Instant::now() >= deadline && !missing.is_empty() {
-                let mut state = self.lock();
+            let mut state = self.lock();
+            if Instant::now() >= deadline && !state.seats.are_enough() {
+                let missing = state.seats.missing();
                 state.order_all(&Order::Refused { reason: nodes_missing(&missing), for_now: false });
                 state.start = Start::Missing(missing);
                 return;
@@ -480,12 +502,6 @@ impl Shared {
         };
         let Door { ip, port, fabric, knock } = door;
         let (rank, world_size) = (rank as usize, world_size as usize);
-        if world_size != self.layout.world_size() {
-            return Err(format!("the job has {} ranks, not {world_size}", self.layout.world_size()));
-        }
-        if connection.member() != worker(rank) {
-            return Err(format!("{} may not join as rank {rank}", connection.member()));
-        }
         let ip = ip.unwrap_or_else(|| connection.remote_address().ip()).to_canonical();
         if ip.is_unspecified() || ip.is_multicast() {
             return Err(format!("rank {rank} gives {ip} for its address, which is that of no host"));
@@ -497,6 +513,13 @@ impl Shared {
             return Err(format!(
                 "rank {rank} was started for generation {generation}, and this is {present}"
             ));
+        }
+        let ranks = state.seats.world_size();
+        if world_size != ranks {
+            return Err(format!("the job has {ranks} ranks, not {world_size}"));
+        }
+        if state.seats.member(rank).is_none_or(|member| member != connection.member()) {
+            return Err(format!("{} may not join as rank {rank}", connection.member()));
         }
         if rank >= world_size || state.joined.contains_key(&rank) {
             return Err(format!("rank {rank} has joined before"));
@@ -642,6 +665,10 @@ async fn serve_lane(connection: &Connection, shared: &Shared) -> Result<(), pace
             return sender.finish().await;
         }
     };
+    let own_rank = match request {
+        Request::Join { rank, .. } => Some(rank),
+        Request::Failed { .. } => None,
+    };
     loop {
         tokio::select! {
             notice = notices.recv() => match notice {
@@ -655,7 +682,7 @@ async fn serve_lane(connection: &Connection, shared: &Shared) -> Result<(), pace
                     if state.generation != generation {
                         continue;
                     }
-                    if let (Some(blamer), Some(rank)) = (rank_of(connection.member()), because_of) {
+                    if let (Some(blamer), Some(rank)) = (own_rank, because_of) {
                         state.causes.blames(blamer, rank);
                     }
                     state.ask_for_traces_once();
@@ -685,10 +712,14 @@ async fn serve_launcher(
         if attends == Verdict::Admitted {
             drop(orders.send(Order::Waiting { missing: state.seats.missing() }));
             state.orders.insert(node, orders.clone());
-            after.into_iter().for_each(|generation| state.seats.comes_after(generation));
+            after.into_iter().for_each(|past| state.seats.comes_after(past));
+            if state.seats.is_late(node) {
+                shared.take_in(&mut state, node);
+            }
         }
         attends
     };
+    (shared.on_change)();
     let for_now = matches!(attends, Verdict::NotNow(_));
     if let Verdict::Refused(reason) | Verdict::NotNow(reason) = attends {
         tracing::warn!(remote = %connection.remote_address(), node, reason, "refused a launcher");
@@ -750,10 +781,10 @@ async fn follow_launcher(
         if shared.lock().seats.heard(node, Instant::now()) {
             shared.attendance.notify_one();
         }
-        let of_node = |rank: u32| shared.layout.ranks(node as usize).contains(&(rank as usize));
+        let of_node = |rank: u32| shared.lock().seats.ranks(node).contains(&rank);
         match report {
             Some(Report::Died { rank, cause, exit_code, by_itself }) if of_node(rank) => {
-                shared.died(rank, nodes::quote(&cause), exit_code.max(1), by_itself);
+                shared.died((node, rank), nodes::quote(&cause), exit_code.max(1), by_itself);
             }
             Some(Report::Exited { rank }) if of_node(rank) => shared.exited(rank),
             Some(Report::Ended) => {
@@ -975,13 +1006,6 @@ mod tests {
                 // Each takes more bytes than that.
                 prop_assert!(members.len() < bytes.len());
             }
-        }
-
-        #[test]
-        fn any_member_name_is_a_rank_or_none(name in ".{0,20}", number: u64) {
-            prop_assert!(rank_of(&name).is_none_or(|_| name.starts_with("worker-")));
-            let expected = u32::try_from(number).ok();
-            prop_assert_eq!(rank_of(&format!("worker-{number}")), expected);
         }
     }
 }

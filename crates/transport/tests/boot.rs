@@ -61,7 +61,8 @@ impl Job {
     fn ask(&self, addr: SocketAddr, text: &str, members: &[&str]) -> Result<Certified, Failure> {
         let (secret, addr) = (secret(text), addr.to_string());
         let members: Vec<String> = members.iter().map(|&member| member.to_owned()).collect();
-        let claim = Claim { node: 1, nodes: 2, ranks_per_node: 2, incarnation: 77 };
+        let run_id = "run".to_owned();
+        let claim = Claim { node: 1, nodes: 2, least_nodes: 2, ranks_per_node: 2, run_id, incarnation: 77 };
         let ask = async move { boot::certify(&addr, &secret, &claim, &members).await };
         self.io.handle().block_on(ask).expect("io runs")
     }

@@ -18,7 +18,7 @@ use paceline_runtime::rendezvous::worker;
 
 use super::Shared;
 use super::mesh::{Contacts, Heard, Mesh, Word};
-use crate::cli::RunArgs;
+use crate::cli::{Changes, RunArgs};
 use crate::rendezvous::Status;
 
 /// How long the others may take to complete the training, once one has: they are at the same step.
@@ -51,8 +51,8 @@ pub struct Setting {
     pub node: u32,
     /// How many nodes there are, and how few may go on.
     pub nodes: (u32, u32),
-    /// Whether the number of nodes is one that may not change.
-    pub fixed_nodes: bool,
+    /// Why programs that come are refused, where that is settled.
+    pub refusal: Option<String>,
     /// How long the first worker waits for the others.
     pub patience: Duration,
     /// The address at which the workers of this machine are reached.
@@ -67,7 +67,7 @@ impl Setting {
             ranks: args.ranks,
             node: args.node(),
             nodes: nodes.map_or((1, 1), |count| (count.max, count.min)),
-            fixed_nodes: nodes.is_some_and(|count| count.min == count.max),
+            refusal: refusal(args),
             patience: args.rendezvous_timeout,
             listen,
         }
@@ -81,6 +81,23 @@ impl Setting {
         let first = node * self.ranks;
         (first..first + self.ranks).any(|rank| member == worker(rank as usize))
     }
+}
+
+/// Why this job has no membership that may change, on several nodes.
+fn refusal(args: &RunArgs) -> Option<String> {
+    let count = args.nodes.as_ref()?.count;
+    let advice = match args.changes() {
+        Changes::Vote => return None,
+        Changes::None => {
+            format!("the number of nodes may not; give --nnodes 1:{}, or another least number", count.max)
+        }
+        Changes::StartAgain { .. } => {
+            "with --rdzv-backend c10d all ranks start again instead; give --rdzv-backend \
+                                       static, and each node its --node-rank"
+                .to_owned()
+        }
+    };
+    Some(format!("this program trains with a membership that may change, and {advice}"))
 }
 
 /// The state of the thread.
@@ -240,12 +257,8 @@ impl Membership {
     fn on_attached(&mut self, child: Child, wish: Wish, to_worker: Sender<ToChild>) {
         // A send fails when the worker has gone, which `waitpid` says too.
         let refuse = |reason: String| drop(to_worker.send(ToChild::Refused { reason }));
-        if self.setting.fixed_nodes {
-            let most = self.setting.nodes.0;
-            return refuse(format!(
-                "this program trains with a membership that may change, and the number of nodes may not; give \
-                 --nnodes 1:{most}, or another least number"
-            ));
+        if let Some(reason) = &self.setting.refusal {
+            return refuse(reason.clone());
         }
         if self.dead.contains(&child) || self.workers.contains_key(&child) {
             return refuse(format!("process {} has attached before, or has ended", child.0));
@@ -547,7 +560,7 @@ mod tests {
     impl Rig {
         fn new() -> Self {
             let (patience, listen) = (Duration::from_secs(60), IpAddr::V4(Ipv4Addr::LOCALHOST));
-            let setting = Setting { ranks: 2, node: 0, nodes: (1, 1), fixed_nodes: false, patience, listen };
+            let setting = Setting { ranks: 2, node: 0, nodes: (1, 1), refusal: None, patience, listen };
             let shared = Shared { state: Default::default(), news: News::new().expect("a descriptor") };
             let membership = Membership::new(setting, Arc::new(shared), None, None);
             Self { membership, told: BTreeMap::new() }

@@ -42,7 +42,8 @@ const KNOCK_LIMIT: Duration = Duration::from_millis(300);
 
 /// Told to somebody who is no launcher.
 const NOT_A_LAUNCHER: &str = "the job's number of nodes may change, and its programs are to train with \
-                              paceline_runtime::elastic; give --nnodes one number for others";
+                              paceline_runtime::elastic; give --nnodes one number for others, or \
+                              --rdzv-backend c10d, which starts them all again";
 
 /// A launcher, as others know it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,11 +57,20 @@ pub struct Entry {
     /// The most nodes, and the ranks of each, that it was started for: the same for all.
     pub nodes: u32,
     pub ranks: u32,
+    /// The name of the run, the same too.
+    pub run_id: String,
 }
 
 impl Entry {
     /// Why a launcher that says that it is this one cannot take part, for one that is `me` and knows somebody at its place.
     fn unfit(&self, me: &Self, known: Option<&Self>) -> Option<String> {
+        if self.run_id != me.run_id {
+            return Some(format!(
+                "it was started with --rdzv-id {} and this one with {}: it is of another run",
+                self.run_id.escape_debug(),
+                me.run_id
+            ));
+        }
         if (self.nodes, self.ranks) != (me.nodes, me.ranks) {
             return Some(format!(
                 "it was started for up to {} nodes of {} ranks and this one for {} of {}; start all with the same \
@@ -457,12 +467,15 @@ mod tests {
 
     #[test]
     fn a_launcher_that_was_started_with_other_numbers_or_before_the_present_one_does_not_fit() {
-        let me = Entry { node: 0, birth: 5, addr: SocketAddr::from(([127, 0, 0, 1], 1)), nodes: 4, ranks: 2 };
+        let addr = SocketAddr::from(([127, 0, 0, 1], 1));
+        let me = Entry { node: 0, birth: 5, addr, nodes: 4, ranks: 2, run_id: "tuesday".to_owned() };
         let other = Entry { node: 1, birth: 7, ..me.clone() };
         assert_eq!(other.unfit(&me, None), None);
         let ranks = Entry { ranks: 1, ..other.clone() }.unfit(&me, None).expect("other ranks");
         assert!(ranks.contains("4 nodes of 1 ranks and this one for 4 of 2"), "{ranks}");
         assert!(Entry { nodes: 3, ..other.clone() }.unfit(&me, None).is_some());
+        let run = Entry { run_id: "monday".to_owned(), nodes: 3, ..other.clone() }.unfit(&me, None);
+        assert!(run.is_some_and(|reason| reason.contains("--rdzv-id monday and this one with tuesday")));
         let known = |birth| Entry { birth, ..other.clone() };
         assert_eq!(other.unfit(&me, Some(&known(7))), None, "it says hello again");
         assert_eq!(other.unfit(&me, Some(&known(6))), None, "it is the successor");

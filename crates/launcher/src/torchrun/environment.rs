@@ -26,6 +26,7 @@ pub fn of_worker(
     variable: impl Fn(&str) -> Option<OsString>,
 ) -> Vec<(&'static str, OsString)> {
     let Settings { role, run_id, .. } = &args.torchrun;
+    let args = &args.within(worker.generation);
     let layout = args.layout();
     let rank = args.first_rank() + worker.local_rank;
     let number = |value: u64| OsString::from(value.to_string());
@@ -38,7 +39,7 @@ pub fn of_worker(
         ("ROLE_WORLD_SIZE", number(layout.world_size() as u64)),
         ("MASTER_ADDR", (&worker.generation.master_addr).into()),
         ("MASTER_PORT", number(worker.generation.master_port.into())),
-        ("TORCHELASTIC_RESTART_COUNT", number(worker.generation.number.into())),
+        ("TORCHELASTIC_RESTART_COUNT", number(worker.generation.restarts().into())),
         ("TORCHELASTIC_MAX_RESTARTS", number(worker.generation.max_restarts.into())),
         ("TORCHELASTIC_RUN_ID", run_id.into()),
         // Rank 0 serves the store.

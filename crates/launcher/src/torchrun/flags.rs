@@ -21,7 +21,7 @@ pub struct Flags {
     /// A name for the job, which its programs and its log folder get
     #[arg(long, alias = "rdzv_id", value_name = "NAME", default_value = "none")]
     pub rdzv_id: String,
-    /// More about the rendezvous: join_timeout, timeout and is_host count
+    /// More about the rendezvous: join_timeout, timeout, last_call_timeout and is_host count
     #[arg(
         long,
         alias = "rdzv_conf",
@@ -136,6 +136,8 @@ pub enum Processes {
 pub struct Conf {
     /// How long the machines wait for each other.
     pub timeout: Option<Duration>,
+    /// How long they wait for more when enough have come.
+    pub last_call: Option<Duration>,
     /// Whether this machine is the one where the others meet.
     pub is_host: Option<bool>,
 }
@@ -374,6 +376,7 @@ impl FromStr for Conf {
             let (key, value) = pair.split_once('=').ok_or("give KEY=VALUE, such as join_timeout=600")?;
             match key.trim() {
                 "join_timeout" | "timeout" => conf.timeout = Some(crate::cli::seconds(value.trim())?),
+                "last_call_timeout" => conf.last_call = Some(crate::cli::seconds(value.trim())?),
                 "is_host" => conf.is_host = Some(yes_or_no(value.trim())?),
                 // torchrun leaves keys to the backends too, which leave those that they do not know.
                 _ => {}
@@ -561,7 +564,8 @@ mod tests {
     fn the_rendezvous_configuration_is_read_as_far_as_it_means_something() {
         let conf: Conf =
             "join_timeout=60, last_call_timeout=5,is_host=True,read_timeout=9".parse().expect("conf");
-        assert_eq!(conf, Conf { timeout: Some(Duration::from_secs(60)), is_host: Some(true) });
+        let [timeout, last_call] = [60, 5].map(|seconds| Some(Duration::from_secs(seconds)));
+        assert_eq!(conf, Conf { timeout, last_call, is_host: Some(true) });
         assert_eq!("".parse(), Ok(Conf::default()));
         for text in ["join_timeout", "join_timeout=soon", "is_host=perhaps"] {
             assert!(text.parse::<Conf>().is_err(), "{text:?}");

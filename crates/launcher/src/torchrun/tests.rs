@@ -1,8 +1,9 @@
 //! torchrun's flags and variables on the command line of `paceline run`.
 
 use std::ffi::OsString;
+use std::time::Duration;
 
-use crate::cli::{Request, RunArgs, Seating, Variables, parse};
+use crate::cli::{Changes, Request, RunArgs, Seating, Variables, parse};
 use crate::console::Stream;
 use crate::error::Error;
 use crate::pod::Surroundings;
@@ -120,8 +121,21 @@ fn machines_that_agree_on_their_numbers_need_none() {
     assert_eq!(nodes("--rdzv_backend=c10d --rdzv_conf is_host=0").seating, any(Some(false)));
     let given = nodes("--rdzv-backend c10d --node-rank 1");
     assert_eq!((given.rank, given.seating), (1, Seating::Given));
+    assert_eq!(given.changes, Changes::None);
     let error = parse_line("paceline run --rdzv-backend etcd x.py").expect_err("refused").to_string();
     assert!(error.contains("there are static and c10d"), "{error}");
+}
+
+#[test]
+fn a_number_of_machines_that_may_change_is_voted_on_or_starts_all_ranks_again() {
+    let changes = |flags: &str| {
+        let line = format!("paceline run --nnodes 2:4 --rdzv-endpoint h:1 --job-secret s {flags} x.py");
+        run_args(&line).nodes.expect("several").changes
+    };
+    let start_again = |seconds| Changes::StartAgain { last_call: Duration::from_secs(seconds) };
+    assert_eq!(changes("--node-rank 1"), Changes::Vote);
+    assert_eq!(changes("--rdzv-backend c10d"), start_again(30));
+    assert_eq!(changes("--rdzv-backend c10d --node-rank 1 --rdzv-conf last_call_timeout=2"), start_again(2));
 }
 
 #[test]

@@ -222,7 +222,14 @@ mod tests {
     }
 
     fn claim() -> Claim {
-        Claim { node: 1, nodes: 2, ranks_per_node: 4, incarnation: 7 }
+        Claim {
+            node: 1,
+            nodes: 2,
+            least_nodes: 2,
+            ranks_per_node: 4,
+            run_id: "run".to_owned(),
+            incarnation: 7,
+        }
     }
 
     #[test]

@@ -47,8 +47,12 @@ pub struct Claim {
     pub node: u32,
     /// How many nodes it thinks the job has.
     pub nodes: u32,
+    /// With how many of them it thinks the job runs too.
+    pub least_nodes: u32,
     /// How many ranks it runs.
     pub ranks_per_node: u32,
+    /// The name of the run that it was started for: jobs one after the other may have the same secret and endpoint.
+    pub run_id: String,
     /// A random number of this launcher process: by it a launcher that asks again is told from another one
     /// that claims the same node.
     pub incarnation: u128,

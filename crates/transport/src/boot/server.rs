@@ -327,7 +327,14 @@ mod tests {
     }
 
     fn claim() -> Claim {
-        Claim { node: 1, nodes: 2, ranks_per_node: 1, incarnation: 1 }
+        Claim {
+            node: 1,
+            nodes: 2,
+            least_nodes: 2,
+            ranks_per_node: 1,
+            run_id: "run".to_owned(),
+            incarnation: 1,
+        }
     }
 
     /// Runs one conversation of a client that may break the protocol from the handshake on.
