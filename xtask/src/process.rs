@@ -45,9 +45,9 @@ pub fn run(mut command: Command, limit: Duration) -> Result<()> {
     command.stdin(Stdio::null());
     let child = command.spawn().with_context(|| format!("cannot start `{words}`"))?;
     let (no_lines, lines) = mpsc::channel();
-    let status = follow(child, &lines, limit, &words, &mut |_| {})?;
+    let ended = follow(child, &lines, limit, &words, &mut |_| true)?;
     drop(no_lines);
-    must_succeed(status, &words)
+    must_succeed(ended.status()?, &words)
 }
 
 /// Runs a program, passes its lines on to our standard output and, without colours, to `on_line`, and returns how it
@@ -72,11 +72,47 @@ pub fn observe(
 /// # Errors
 /// The program cannot be started or takes longer than `limit`. A program that fails is not an error here.
 pub fn listen(
-    mut command: Command,
+    command: Command,
     watch: Watch,
     limit: Duration,
     on_line: &mut dyn FnMut(&str),
 ) -> Result<ExitStatus> {
+    let mut on_sign = |line: Option<&str>| {
+        line.into_iter().for_each(&mut *on_line);
+        true
+    };
+    listen_while(command, watch, limit, &mut on_sign)?.status()
+}
+
+/// How a program that was watched ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// By itself.
+    Exited(ExitStatus),
+    /// It was stopped, since enough was seen of it.
+    Stopped,
+}
+
+impl Ended {
+    fn status(self) -> Result<ExitStatus> {
+        match self {
+            Self::Exited(status) => Ok(status),
+            Self::Stopped => bail!("stopped, though nobody asked for it"),
+        }
+    }
+}
+
+/// Runs a program and passes its lines to `goes_on`, and nothing several times a second, until that says that enough has
+/// been seen: then the program is stopped with all its descendants.
+///
+/// # Errors
+/// See [`listen`].
+pub fn listen_while(
+    mut command: Command,
+    watch: Watch,
+    limit: Duration,
+    goes_on: &mut dyn FnMut(Option<&str>) -> bool,
+) -> Result<Ended> {
     let words = shown(&command);
     let (reader, writer) = io::pipe().context("cannot make a pipe")?;
     if watch == Watch::Both {
@@ -94,7 +130,7 @@ pub fn listen(
             }
         }
     });
-    follow(child, &lines, limit, &words, on_line)
+    follow(child, &lines, limit, &words, goes_on)
 }
 
 /// Fails with one line unless the program succeeded.
@@ -115,22 +151,28 @@ pub fn shown(command: &Command) -> String {
     words.map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
 }
 
-/// Waits for the program while passing its lines on, and stops it at the limit.
+/// Waits for the program while passing its lines on, and stops it at the limit, or when enough was seen.
 fn follow(
     mut child: Child,
     lines: &Receiver<String>,
     limit: Duration,
     words: &str,
-    on_line: &mut dyn FnMut(&str),
-) -> Result<ExitStatus> {
+    goes_on: &mut dyn FnMut(Option<&str>) -> bool,
+) -> Result<Ended> {
     let start = Instant::now();
     let mut last_sign = start;
     loop {
         match lines.recv_timeout(POLL) {
             Ok(line) => {
                 last_sign = Instant::now();
-                on_line(&line);
-                continue;
+                if !goes_on(Some(&line)) {
+                    stop(&mut child);
+                    return Ok(Ended::Stopped);
+                }
+                // One that never falls silent has a limit too.
+                if start.elapsed() <= limit {
+                    continue;
+                }
             }
             Err(RecvTimeoutError::Timeout) => {}
             // The program has closed its output; it may still be running.
@@ -139,9 +181,13 @@ fn follow(
         if let Some(status) = child.try_wait().with_context(|| format!("cannot wait for `{words}`"))? {
             // What it wrote last. Not until the end of the pipe: a daemon that it left behind may hold that open.
             while let Ok(line) = lines.recv_timeout(POLL) {
-                on_line(&line);
+                goes_on(Some(&line));
             }
-            return Ok(status);
+            return Ok(Ended::Exited(status));
+        }
+        if !goes_on(None) {
+            stop(&mut child);
+            return Ok(Ended::Stopped);
         }
         if start.elapsed() > limit {
             stop(&mut child);
@@ -227,6 +273,33 @@ mod tests {
             assert!(start.elapsed() < Duration::from_secs(30), "the grandchild lives");
             thread::yield_now();
         }
+    }
+
+    #[test]
+    fn a_program_is_stopped_when_enough_was_seen_also_while_it_says_nothing() {
+        let start = Instant::now();
+        for silent in [false, true] {
+            let mut seen = false;
+            let ended = listen_while(
+                shell("echo one; sleep 60"),
+                Watch::Both,
+                Duration::from_secs(50),
+                &mut |line| {
+                    let enough = if silent { seen && line.is_none() } else { line.is_some() };
+                    seen |= line.is_some();
+                    !enough
+                },
+            );
+            assert_eq!(ended.unwrap(), Ended::Stopped);
+        }
+        assert!(start.elapsed() < Duration::from_secs(40));
+    }
+
+    #[test]
+    fn a_program_that_never_falls_silent_is_stopped_at_its_limit() {
+        let script = "while :; do echo word; done";
+        let outcome = listen(shell(script), Watch::Both, Duration::from_millis(200), &mut |_| {});
+        assert!(outcome.unwrap_err().to_string().contains("was stopped"));
     }
 
     #[test]

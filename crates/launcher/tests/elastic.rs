@@ -37,6 +37,10 @@ fn main() {
                 "a_newcomer_that_no_member_can_reach_is_left_out_and_the_others_go_on",
                 unreachable_newcomer,
             ),
+            trial(
+                "a_worker_that_cannot_be_reached_from_the_start_is_replaced_and_the_others_go_on",
+                unreachable_from_the_start,
+            ),
             trial("a_worker_that_hangs_in_its_program_is_replaced_when_the_others_have_waited", hangs),
             trial("a_worker_that_is_asked_to_leave_goes_and_the_others_finish", leaves),
             trial("ranks_that_do_not_join_the_training_are_waited_for_no_longer_than_was_said", absent),
@@ -65,6 +69,7 @@ fn rank(part: &str, args: &[String]) {
         "absent" => train(Mode::Slots, args),
         "late" => late(args),
         "unreachable" => unreachable(args),
+        "unreachable-first" => unreachable_first(args),
         "large" => large(),
         other => panic!("no part {other}"),
     }
@@ -84,9 +89,25 @@ fn late(args: &[String]) {
 
 /// The second process of rank 1 has another kind of links than the others.
 fn unreachable(args: &[String]) {
-    let at = |name: &str| fs::File::create_new(Path::new(&args[1]).with_extension(name)).is_ok();
-    let is_second = std::env::var("RANK").is_ok_and(|rank| rank == "1") && !at("first") && at("second");
-    if !is_second {
+    let is_second = is_rank_1() && !is_first_at(args, "first") && is_first_at(args, "second");
+    train_beyond_reach_if(is_second, args);
+}
+
+/// The first one has.
+fn unreachable_first(args: &[String]) {
+    train_beyond_reach_if(is_rank_1() && is_first_at(args, "first"), args);
+}
+
+fn is_rank_1() -> bool {
+    std::env::var("RANK").is_ok_and(|rank| rank == "1")
+}
+
+fn is_first_at(args: &[String], name: &str) -> bool {
+    fs::File::create_new(Path::new(&args[1]).with_extension(name)).is_ok()
+}
+
+fn train_beyond_reach_if(is_beyond: bool, args: &[String]) {
+    if !is_beyond {
         return train(Mode::Slots, args);
     }
     let program = std::env::current_exe().expect("a test has an executable");
@@ -349,6 +370,21 @@ fn unreachable_newcomer() {
     let replaced = finished.lines.iter().filter(|line| line.contains("takes its place"));
     assert!(replaced.clone().all(|line| line.contains("rank 1 ")), "{}", finished.lines.join("\n"));
     assert_eq!(replaced.count(), 2, "{}", finished.lines.join("\n"));
+    check(&finished.lines_with("complete digest "), Mode::Slots, passes);
+}
+
+fn unreachable_from_the_start() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let pace = folder.path().join("pace");
+    let passes = 40;
+    let mut watch = Watch::new(start("unreachable-first", passes, &pace, "1"));
+    watch.until("all were members, one of them another process", |w| w.is_whole() && w.epoch > 1);
+    set_pace(&pace, u64::MAX);
+    let finished = watch.job.finish();
+    finished.assert_success();
+    let replaced = finished.lines.iter().filter(|line| line.contains("takes its place"));
+    assert_eq!(replaced.clone().count(), 1, "{}", finished.lines.join("\n"));
+    assert!(replaced.clone().all(|line| line.contains("rank 1 ")), "{}", finished.lines.join("\n"));
     check(&finished.lines_with("complete digest "), Mode::Slots, passes);
 }
 

@@ -856,7 +856,7 @@ async fn attend(
             _ = beat.tick() => {
                 if last.elapsed() > SILENCE || Instant::now() > deadline {
                     let (what, elapsed) = (format!("a word of {LAUNCHER}"), last.elapsed());
-                    return Err(paceline_transport::Error::TimedOut { what, elapsed }.into());
+                    return Err(paceline_transport::Error::TimedOut { what, ranks: Vec::new(), elapsed }.into());
                 }
                 sender.send(&Report::Beat).await?;
                 continue;

@@ -774,7 +774,8 @@ async fn follow_launcher(
             }
             () = &mut silence => {
                 let what = format!("a word of the launcher of node {node}");
-                return Err(paceline_transport::Error::TimedOut { what, elapsed: SILENCE });
+                let ranks = Vec::new();
+                return Err(paceline_transport::Error::TimedOut { what, ranks, elapsed: SILENCE });
             }
         };
         silence.as_mut().reset((Instant::now() + SILENCE).into());

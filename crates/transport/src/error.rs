@@ -28,6 +28,8 @@ pub enum Error {
     TimedOut {
         /// What was waited for and from whom.
         what: String,
+        /// The ranks that did not come; empty where it was not for ranks.
+        ranks: Vec<usize>,
         /// How long the wait was.
         elapsed: Duration,
     },

@@ -442,7 +442,7 @@ impl Patience<'_> {
         }
         let now = Instant::now();
         if now >= self.deadline {
-            return Err(Error::TimedOut { what: what(), elapsed: Duration::ZERO });
+            return Err(Error::TimedOut { what: what(), ranks: vec![peer], elapsed: Duration::ZERO });
         }
         links.wait(self.deadline.min(now + LOOK_INTERVAL));
         Ok(())

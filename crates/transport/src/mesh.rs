@@ -286,14 +286,15 @@ pub(crate) fn close_as_left<'a, C: LinkConnection>(
     for (peer, connection) in links {
         match confirmed.contains(&peer) {
             true => connection.close_as(CloseCode::Left),
-            false => missing.push(format!("rank {peer}")),
+            false => missing.push(peer),
         }
     }
     if missing.is_empty() {
         return Ok(());
     }
-    let what = format!("{} to confirm what was sent before leaving", missing.join(", "));
-    Err(Error::TimedOut { what, elapsed: started.elapsed() })
+    let names: Vec<String> = missing.iter().map(|peer| format!("rank {peer}")).collect();
+    let what = format!("{} to confirm what was sent before leaving", names.join(", "));
+    Err(Error::TimedOut { what, ranks: missing, elapsed: started.elapsed() })
 }
 
 impl<C: LinkConnection> Drop for CloseOnDrop<C> {
@@ -458,9 +459,10 @@ async fn form<E: LinkEndpoint>(
             Ok(Some((peer, link))) => links[peer] = Some(link),
             // The gatekeeper holds a sender: the channel cannot end before.
             Ok(None) | Err(_) => {
-                let there: Vec<bool> = links.iter().map(Option::is_some).collect();
-                let what = missing(&roster, &there, &attempts);
-                return Err(Error::TimedOut { what, elapsed: started.elapsed() });
+                let absent = |peer: &usize| *peer != roster.rank && links[*peer].is_none();
+                let ranks: Vec<usize> = (0..world_size).filter(absent).collect();
+                let what = missing(&roster, &ranks, &attempts);
+                return Err(Error::TimedOut { what, ranks, elapsed: started.elapsed() });
             }
         }
     }
@@ -483,7 +485,7 @@ impl Attempts {
 }
 
 /// Names the ranks without a link, where they should be and what was seen of them.
-fn missing(roster: &Roster, there: &[bool], attempts: &Attempts) -> String {
+fn missing(roster: &Roster, absent: &[usize], attempts: &Attempts) -> String {
     let seen = attempts.lock();
     let describe = |peer: usize| {
         let Member { name, addr } = &roster.members[peer];
@@ -494,8 +496,7 @@ fn missing(roster: &Roster, there: &[bool], attempts: &Attempts) -> String {
         };
         format!("rank {peer} ({name} at {addr}: {seen})")
     };
-    let absent = |peer: &usize| *peer != roster.rank && !there[*peer];
-    let names: Vec<String> = (0..there.len()).filter(absent).map(describe).collect();
+    let names: Vec<String> = absent.iter().copied().map(describe).collect();
     format!("links of epoch {} to {}", roster.epoch, names.join(", "))
 }
 
@@ -717,7 +718,7 @@ mod tests {
     fn missing_ranks_are_named_with_address_and_cause() {
         let attempts = Attempts::new(3);
         attempts.lock()[0] = Some("its certificate is not of this job".to_owned());
-        let text = missing(&roster(), &[false; 3], &attempts);
+        let text = missing(&roster(), &[0, 2], &attempts);
         assert_eq!(
             text,
             "links of epoch 7 to rank 0 (a at 127.0.0.1:1: its certificate is not of this job), \

@@ -228,7 +228,8 @@ impl<E: PairEndpoint> Desk<E> {
         loop {
             let attempt = timeout_at(deadline.into(), self.dial_once(&peer, number, limit));
             let late = |_| {
-                Err(Error::TimedOut { what: format!("a link to {}", peer.name), elapsed: started.elapsed() })
+                let (what, elapsed) = (format!("a link to {}", peer.name), started.elapsed());
+                Err(Error::TimedOut { what, ranks: Vec::new(), elapsed })
             };
             let error = match attempt.await.unwrap_or_else(late) {
                 Ok(transport) => return Ok(transport),

@@ -21,7 +21,8 @@ use super::mesh::{Contacts, Heard, Mesh, Word};
 use crate::cli::{Changes, RunArgs};
 use crate::rendezvous::Status;
 
-/// How long the others may take to complete the training, once one has: they are at the same step.
+/// How long the others may take to complete the training, once one has, while no worker here sends or receives a state or a
+/// result: they are at the same step, or take what leads there over.
 const COMPLETION_LIMIT: Duration = Duration::from_secs(10);
 
 /// How long an idle thread sleeps.
@@ -124,6 +125,8 @@ pub struct Membership {
     too_few: Option<Instant>,
     /// When the first worker had completed the training.
     completed: Option<Instant>,
+    /// When a worker has said last that it sends or receives.
+    moved: Option<Instant>,
     /// The other launchers have been told that all members here have completed it.
     announced: bool,
     /// Nobody needs these workers any more, and they have been told so.
@@ -161,6 +164,7 @@ impl Membership {
             elsewhere: BTreeMap::new(),
             too_few: None,
             completed: None,
+            moved: None,
             announced: false,
             released: false,
         }
@@ -299,6 +303,7 @@ impl Membership {
                     self.end_stuck(target);
                 }
             }
+            FromChild::Moving => self.moved = Some(Instant::now()),
             FromChild::Finished => self.on_finished(child),
             FromChild::Attach { .. } => {}
         }
@@ -367,7 +372,8 @@ impl Membership {
         if here && self.completed.is_some() && !std::mem::replace(&mut self.announced, true) {
             self.announce(Word::Finished);
         }
-        let overdue = self.completed.is_some_and(|at| at.elapsed() >= COMPLETION_LIMIT);
+        let since = self.completed.map(|at| self.moved.map_or(at, |moved| at.max(moved)));
+        let overdue = since.is_some_and(|at| at.elapsed() >= COMPLETION_LIMIT);
         if overdue || here && self.are_others_finished() {
             self.released = true;
             self.tell_all(&ToChild::Finished);
@@ -460,6 +466,10 @@ impl Membership {
                 if self.elsewhere.entry(node).or_default().contacts.remove(incarnation) {
                     self.tell_all(&ToChild::Forget(incarnation));
                 }
+            }
+            Word::Workers(workers) => {
+                let gone = self.elsewhere.entry(node).or_default().contacts.retain(&workers);
+                gone.into_iter().for_each(|incarnation| self.tell_all(&ToChild::Forget(incarnation)));
             }
             Word::Finished => self.elsewhere.entry(node).or_default().finished = true,
             Word::Hello(_) | Word::Known(_) => {}
@@ -623,6 +633,44 @@ mod tests {
         assert!(rig.is_released(1) && rig.is_released(3));
         rig.attach(4);
         assert!(rig.is_released(4), "nor has it anybody to wait for");
+    }
+
+    #[test]
+    fn nobody_is_let_go_while_a_state_is_taken_over_however_long_that_takes() {
+        let mut rig = Rig::new();
+        rig.attach(1);
+        rig.attach(2);
+        rig.until_members(2);
+        rig.say(1, FromChild::Finished);
+        let long_ago =
+            Instant::now().checked_sub(2 * COMPLETION_LIMIT).expect("the machine runs for long enough");
+        rig.membership.completed = Some(long_ago);
+        rig.say(2, FromChild::Moving);
+        rig.membership.release_when_complete();
+        assert!(!rig.is_released(1), "the other still takes the last state over");
+        rig.membership.moved = Some(long_ago);
+        rig.membership.release_when_complete();
+        assert!(rig.is_released(1), "nothing has moved for long");
+    }
+
+    #[test]
+    fn workers_that_went_while_there_was_no_connection_are_forgotten_on_the_next_one() {
+        let mut rig = Rig::new();
+        rig.attach(1);
+        let addr = SocketAddr::from(([127, 0, 0, 1], 1));
+        let contact = |number: u32| Contact {
+            incarnation: Incarnation(number.into()),
+            member: worker(number as usize),
+            links: addr,
+            exchange: addr,
+        };
+        let mut hear = |word| rig.membership.hear(Input::Launcher { node: 1, heard: Heard::Word(word) });
+        hear(Word::Contact(contact(2)));
+        hear(Word::Contact(contact(3)));
+        hear(Word::Workers(vec![Incarnation(3)]));
+        let forgotten = |message: &ToChild| matches!(message, ToChild::Forget(_));
+        let told: Vec<_> = rig.told[&Child(1)].try_iter().filter(forgotten).collect();
+        assert_eq!(told, [ToChild::Forget(Incarnation(2))]);
     }
 
     #[test]

@@ -98,6 +98,8 @@ pub enum Word {
     Says(Envelope),
     /// What the programs here ask for.
     Wish(Wish),
+    /// All workers here: what was said of others is over. Where these are reached is said next.
+    Workers(Vec<Incarnation>),
     /// Where a worker here is reached.
     Contact(Contact),
     /// That admission of a worker here is over.
@@ -189,7 +191,7 @@ impl Mesh {
                 state.contacts.remove(incarnation);
             }
             Word::Finished => state.finished = true,
-            Word::Hello(_) | Word::Known(_) | Word::Says(_) => {}
+            Word::Hello(_) | Word::Known(_) | Word::Workers(_) | Word::Says(_) => {}
         }
         state.tell_all(&word);
     }
@@ -218,11 +220,14 @@ impl State {
     fn introduction(&self, me: &Entry) -> Vec<Word> {
         let known = self.known.values().chain([me]).cloned().collect();
         let wish = self.wish.map(Word::Wish);
+        // Somebody may have been told of workers that went while there was no connection.
+        let workers = Word::Workers(self.contacts.keys().copied().collect());
         let contacts = self.contacts.values().cloned().map(Word::Contact);
         let finished = self.finished.then_some(Word::Finished);
         [Word::Hello(me.clone()), Word::Known(known)]
             .into_iter()
             .chain(wish)
+            .chain([workers])
             .chain(contacts)
             .chain(finished)
             .collect()
@@ -343,7 +348,7 @@ async fn reach_once(
             Ok(Err(error)) => break Err(error),
             Err(_) => {
                 let what = format!("the launcher of node {node} to listen");
-                break Err(TransportError::TimedOut { what, elapsed: WORD_LIMIT });
+                break Err(TransportError::TimedOut { what, ranks: Vec::new(), elapsed: WORD_LIMIT });
             }
         }
     };
@@ -428,6 +433,7 @@ async fn follow(
 fn check(word: &Word) -> Result<(), TransportError> {
     match word {
         Word::Says(envelope) => envelope.check().map_err(|reason| refused(&reason)),
+        Word::Workers(workers) if workers.len() > MAX_WORKERS => Err(refused("too many workers")),
         _ => Ok(()),
     }
 }
@@ -448,6 +454,13 @@ impl Contacts {
             self.0.insert(contact.incarnation, contact.clone());
         }
         fits
+    }
+
+    /// Leaves these, and returns those that were there besides.
+    pub fn retain(&mut self, workers: &[Incarnation]) -> Vec<Incarnation> {
+        let gone: Vec<_> = self.0.keys().filter(|known| !workers.contains(known)).copied().collect();
+        gone.iter().for_each(|incarnation| drop(self.0.remove(incarnation)));
+        gone
     }
 
     /// Whether it was there.

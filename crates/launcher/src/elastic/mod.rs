@@ -157,9 +157,10 @@ impl Elastic {
     /// `waitpid` has returned for the process of a rank. Tells the membership at once.
     pub fn ended(&mut self, rank: u32, ending: Ending) -> Fate {
         let child = self.children[rank as usize];
+        // Before the membership can say what this death means: that is no reason for the death itself to count.
+        let state = self.shared.lock();
         // Fails when the thread has ended, and then there is no membership.
         let _ = self.inputs.send(Input::Died(child));
-        let state = self.shared.lock();
         // What fails when the training is complete is the program's own affair, which no other process makes good.
         let had_finished = state.attached.get(&child).is_some_and(|finished| *finished);
         if state.attached.is_empty() && !self.always

@@ -27,6 +27,9 @@ use crate::membership::{
 /// at the same time.
 const BROKEN_LIMIT: Duration = Duration::from_secs(5);
 
+/// How often the launcher is told that a state or a result is under way.
+const MOVING_INTERVAL: Duration = Duration::from_secs(1);
+
 /// What the control thread hears.
 pub(super) enum Input<G> {
     Launcher(ToChild),
@@ -98,8 +101,8 @@ pub(super) struct Control<G> {
     view: Option<View>,
     /// The members of the last view in which a step was reduced, and its epoch: they have reached each other.
     linked: (Epoch, BTreeSet<Incarnation>),
-    /// For whom the program is to make a copy of its state.
-    copying: BTreeSet<Incarnation>,
+    /// For whom the program is to make a copy of its state, and of which.
+    copying: BTreeMap<Incarnation, Transfer>,
     /// The inputs of the next step.
     kept: BTreeMap<Slot, Arc<Vec<G>>>,
     /// The slots without a batch at the next step, and the state for which that is known.
@@ -114,6 +117,9 @@ pub(super) struct Control<G> {
     received: Option<(Vec<Slot>, Vec<u8>)>,
     result: Option<Kept<G>>,
     finished: bool,
+    /// When something last came in of a transfer, and when the launcher was last told that something is under way.
+    received_at: Option<Instant>,
+    moving_said: Option<Instant>,
     todo: VecDeque<WorkerAction>,
     end: Option<Result<End, Error>>,
 }
@@ -139,7 +145,7 @@ impl<G: Gradient> Control<G> {
             pool,
             view: None,
             linked: (Epoch(0), BTreeSet::new()),
-            copying: BTreeSet::new(),
+            copying: BTreeMap::new(),
             kept: BTreeMap::new(),
             idle: None,
             waiting: None,
@@ -148,6 +154,8 @@ impl<G: Gradient> Control<G> {
             received: None,
             result: None,
             finished: false,
+            received_at: None,
+            moving_said: None,
             todo: first.into(),
             end: None,
         }
@@ -165,6 +173,7 @@ impl<G: Gradient> Control<G> {
                 Err(RecvTimeoutError::Disconnected) => self.end = Some(Ok(End::Abandoned)),
             }
             self.give_up_if_broken();
+            self.say_what_moves();
         }
         self.fence.close(self.core.epoch());
         let end = self.end.take().expect("the loop ends with it");
@@ -181,10 +190,7 @@ impl<G: Gradient> Control<G> {
             Input::Launcher(message) => self.on_launcher(message),
             Input::LauncherGone(reason) => self.fail(format!("the launcher has gone: {reason}")),
             // It is on its way; another one would only come later.
-            Input::Peer(Arrival::Says {
-                from,
-                message: PeerMessage::Pull { .. } | PeerMessage::Fetch { .. },
-            }) if self.copying.contains(&from) || self.exchange.is_sending_state(from) => {
+            Input::Peer(Arrival::Says { from, message }) if self.is_answered_already(from, message) => {
                 self.exchange.say(from, PeerMessage::Soon);
             }
             Input::Peer(Arrival::Says { from, message }) => {
@@ -193,7 +199,10 @@ impl<G: Gradient> Control<G> {
             // Results that do not follow the present state are of no use, and must not put off the question for another.
             Input::Peer(Arrival::Receiving(Transfer::Result { before, .. }))
                 if self.core.progress() != Some(before) => {}
-            Input::Peer(Arrival::Receiving(_)) => self.tell_core(WorkerEvent::Receiving),
+            Input::Peer(Arrival::Receiving(_)) => {
+                self.received_at = Some(Instant::now());
+                self.tell_core(WorkerEvent::Receiving);
+            }
             Input::Peer(Arrival::Received { from, transfer, present, bytes }) => {
                 self.received = Some((present, bytes));
                 self.tell_core(WorkerEvent::Received { from, transfer });
@@ -209,10 +218,10 @@ impl<G: Gradient> Control<G> {
                     self.tell_core(WorkerEvent::Reduced { epoch, step });
                 }
             }
-            Input::Links(News::Unformed { epoch, reason }) => {
+            Input::Links(News::Unformed { epoch, missing, reason }) => {
                 tracing::warn!(epoch = epoch.0, reason, "the links of a view could not be made");
                 if epoch == self.core.epoch() {
-                    self.on_unformed(reason);
+                    self.on_unformed(&missing, reason);
                 }
             }
             Input::Links(News::Failed { epoch, lost, reason }) => {
@@ -235,8 +244,11 @@ impl<G: Gradient> Control<G> {
                 }
             }
             Input::Saved { to, transfer, copy } => {
-                self.copying.remove(&to);
-                self.exchange.send(to, transfer, Vec::new(), Arc::new(copy));
+                // Unless it has become useless, or another one is to follow.
+                if self.copying.get(&to) == Some(&transfer) {
+                    self.copying.remove(&to);
+                    self.exchange.send(to, transfer, Vec::new(), Arc::new(copy));
+                }
             }
             Input::Closed => {
                 if !std::mem::replace(&mut self.finished, true) {
@@ -246,6 +258,30 @@ impl<G: Gradient> Control<G> {
             Input::Leave => self.tell_core(WorkerEvent::Leave),
             Input::Abandoned => self.end = Some(Ok(End::Abandoned)),
         }
+    }
+
+    /// Whether the state that a worker asks for is on its way to it. Of use to a member is what its view begins with.
+    fn is_answered_already(&self, from: Incarnation, message: PeerMessage) -> bool {
+        let under_way = || self.copying.get(&from).copied().or_else(|| self.exchange.state_under_way(from));
+        match message {
+            PeerMessage::Pull { .. } => under_way().is_some(),
+            PeerMessage::Fetch { epoch, .. } if epoch == self.core.epoch() => {
+                let begins = self.core.decision().map(|decision| decision.resolution.state());
+                under_way().is_some_and(|transfer| Some(transfer.reaches()) == begins)
+            }
+            _ => false,
+        }
+    }
+
+    /// Ends what is on its way to the members of the new view, but for the state that it begins with: nothing else is of
+    /// use to them, and they wait.
+    fn end_useless_transfers(&mut self) {
+        let Some(decision) = self.core.decision() else { return };
+        let is_useless = |to: Incarnation, transfer: Transfer| {
+            decision.view.member(to).is_some() && transfer.reaches() != decision.resolution.state()
+        };
+        self.copying.retain(|&to, transfer| !is_useless(to, *transfer));
+        self.exchange.cancel(is_useless);
     }
 
     fn on_launcher(&mut self, message: ToChild) {
@@ -281,14 +317,31 @@ impl<G: Gradient> Control<G> {
 
     /// Members go on without those who have just come in and cannot be reached. One of those ends: another process may be
     /// reached, and the same one would only hold the others up again.
-    fn on_unformed(&mut self, reason: String) {
+    ///
+    /// Before the first step nobody has reached anybody: whoever most others cannot be reached by is like a newcomer then.
+    fn on_unformed(&mut self, missing: &[Incarnation], reason: String) {
         let me = self.core.incarnation();
-        if !self.linked.1.contains(&me) {
+        let begins = self.core.decision().map(|decision| decision.resolution.state());
+        let before_the_first = begins == Some(Progress::START);
+        let lost: Vec<Incarnation> = if self.linked.1.contains(&me) {
+            self.members().filter(|member| !self.linked.1.contains(member)).collect()
+        } else if before_the_first && !self.is_cut_off(missing) {
+            missing.to_vec()
+        } else {
             return self.fail(reason);
+        };
+        self.on_failed_links(lost.into_iter().map(|lost| (lost, Evidence::LinkLost)).collect(), reason);
+    }
+
+    /// Whether it is this worker that cannot be reached, by the others to whom it has no link; of two it is the one whose
+    /// state does not count.
+    fn is_cut_off(&self, missing: &[Incarnation]) -> bool {
+        let Some(decision) = self.core.decision() else { return true };
+        let others = decision.view.members.len() - 1;
+        match others {
+            1 => !decision.resolution.sources.contains(&self.core.incarnation()),
+            _ => missing.is_empty() || 2 * missing.len() > others,
         }
-        let newcomers = self.members().filter(|member| !self.linked.1.contains(member));
-        let lost = newcomers.map(|newcomer| (newcomer, Evidence::LinkLost)).collect();
-        self.on_failed_links(lost, reason);
     }
 
     /// Without anybody to accuse, and without a view change for a while, this worker is of no use; its successor may be.
@@ -300,6 +353,18 @@ impl<G: Gradient> Control<G> {
             && epoch == self.core.epoch()
         {
             self.fail(reason);
+        }
+    }
+
+    /// The launcher ends nobody who still takes over what the others have, or who gives it to them.
+    fn say_what_moves(&mut self) {
+        let is_recent = |at: Option<Instant>| at.is_some_and(|at| at.elapsed() < MOVING_INTERVAL);
+        if is_recent(self.moving_said) {
+            return;
+        }
+        if is_recent(self.received_at) || self.exchange.is_sending() {
+            self.moving_said = Some(Instant::now());
+            self.tell_launcher(&FromChild::Moving);
         }
     }
 
@@ -331,6 +396,7 @@ impl<G: Gradient> Control<G> {
             WorkerAction::Peer { to, message } => self.exchange.say(to, message),
             WorkerAction::Send { to, transfer } => self.send(to, transfer),
             WorkerAction::Open(view) => {
+                self.end_useless_transfers();
                 self.view = Some(view.clone());
                 self.order(Order::Open { view, me: self.core.incarnation() });
             }
@@ -409,7 +475,7 @@ impl<G: Gradient> Control<G> {
             // Whoever asked does so again, and gets the state.
             (Transfer::Result { .. }, _) => {}
             (Transfer::State { .. }, _) => {
-                self.copying.insert(to);
+                self.copying.insert(to, transfer);
                 self.command(Command::Save { to, transfer });
             }
         }

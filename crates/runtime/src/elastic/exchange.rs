@@ -1,13 +1,13 @@
 //! What workers tell and send each other outside of a view's links: messages of the membership, results of steps and
 //! copies of the state. Over TLS with the job's certificates, one connection for each direction between two workers,
 //! opened when there is something to say. A connection that breaks takes with it what was on its way; whoever still
-//! needs it asks again.
+//! needs it asks again. Messages do not wait for a transfer to end, and a transfer that is of no use any more ends early.
 
 use std::collections::HashMap;
 use std::fmt;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use aws_lc_rs::digest::{Context, SHA256};
@@ -15,20 +15,28 @@ use paceline_transport::tls::{Connection, Endpoint, MessageReceiver, MessageSend
 use paceline_transport::{Error as TransportError, IoHandle};
 use serde::de::{Error as _, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tokio::time::timeout;
+use tokio::sync::mpsc;
+use tokio::time::{sleep, timeout};
 
 use super::book::Book;
+use super::pipe::Contact;
 use crate::membership::{Incarnation, MAX_SLOTS, PeerMessage, Slot, Transfer};
 
 /// As many bytes of a transfer as fit into one message.
 const CHUNK_BYTES: usize = 60 * 1024;
 
-/// What may wait to be sent to one worker. A newcomer that does not keep up asks for the state again.
-const QUEUE_LIMIT: usize = 8;
+/// How many transfers may wait to be sent to one worker. A newcomer that does not keep up asks for the state again.
+pub(super) const QUEUE_LIMIT: usize = 8;
+
+/// How many messages may. A worker is told a few in a second.
+const MESSAGES_LIMIT: usize = 256;
 
 /// How long a worker has to answer when it is dialled, and to say who it is when it dials.
 const DIAL_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long it may take until the launcher says whose an incarnation is that has come, and how often that is looked up.
+const INTRODUCTION_LIMIT: Duration = Duration::from_secs(2);
+const LOOK_INTERVAL: Duration = Duration::from_millis(2);
 
 /// How long one message may take to go out. A frozen worker takes nothing.
 const SEND_LIMIT: Duration = Duration::from_secs(10);
@@ -68,7 +76,7 @@ enum Frame {
         to: Incarnation,
     },
     Says(PeerMessage),
-    /// A transfer begins; `present` are the slots that have contributed to a result.
+    /// A transfer begins, in place of one that has not ended; `present` are the slots that have contributed to a result.
     Begin {
         transfer: Transfer,
         present: Vec<Slot>,
@@ -82,9 +90,23 @@ enum Frame {
 
 struct Chunk(Vec<u8>);
 
-enum Parcel {
-    Says(PeerMessage),
-    Transfer { transfer: Transfer, present: Vec<Slot>, bytes: Bytes },
+struct Parcel {
+    transfer: Transfer,
+    present: Vec<Slot>,
+    bytes: Bytes,
+    cancelled: AtomicBool,
+}
+
+impl Parcel {
+    fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
+    }
+}
+
+/// What is to go out on a connection.
+struct Queue {
+    messages: mpsc::Receiver<PeerMessage>,
+    parcels: mpsc::UnboundedReceiver<Arc<Parcel>>,
 }
 
 /// This worker's side.
@@ -98,12 +120,19 @@ pub(super) struct Exchange {
 }
 
 struct Outgoing {
-    parcels: UnboundedSender<Parcel>,
-    waiting: Arc<AtomicUsize>,
-    /// Those of `waiting` that are copies of the state.
-    states: Arc<AtomicUsize>,
+    messages: mpsc::Sender<PeerMessage>,
+    parcels: mpsc::UnboundedSender<Arc<Parcel>>,
+    /// What has not gone out yet.
+    waiting: Vec<Weak<Parcel>>,
     /// Ended with the connection: what is still queued for somebody who does not keep up is of no use to it.
     delivery: tokio::task::JoinHandle<()>,
+}
+
+impl Outgoing {
+    /// The transfers that are on their way.
+    fn under_way(&self) -> impl Iterator<Item = Arc<Parcel>> + '_ {
+        self.waiting.iter().filter_map(Weak::upgrade).filter(|parcel| !parcel.is_cancelled())
+    }
 }
 
 impl Drop for Outgoing {
@@ -142,42 +171,61 @@ impl Exchange {
 
     /// May be lost. Does not block.
     pub(super) fn say(&mut self, to: Incarnation, message: PeerMessage) {
-        self.post(to, Parcel::Says(message));
+        if self.connection(to).messages.try_send(message).is_err() {
+            self.give_up(to);
+        }
     }
 
     /// May be lost. Does not block.
     pub(super) fn send(&mut self, to: Incarnation, transfer: Transfer, present: Vec<Slot>, bytes: Bytes) {
-        self.post(to, Parcel::Transfer { transfer, present, bytes });
+        let parcel = Arc::new(Parcel { transfer, present, bytes, cancelled: AtomicBool::new(false) });
+        let outgoing = self.connection(to);
+        outgoing.waiting.retain(|waiting| waiting.strong_count() > 0);
+        outgoing.waiting.push(Arc::downgrade(&parcel));
+        if outgoing.waiting.len() > QUEUE_LIMIT || outgoing.parcels.send(parcel).is_err() {
+            self.give_up(to);
+        }
     }
 
-    /// Whether a copy of the state is on its way to that worker, as far as is known here. Results are nearly always, and
-    /// of no use to one that lacks what they follow.
-    pub(super) fn is_sending_state(&self, to: Incarnation) -> bool {
-        let outgoing = self.outgoing.get(&to).filter(|outgoing| !outgoing.parcels.is_closed());
-        outgoing.is_some_and(|outgoing| outgoing.states.load(Ordering::Relaxed) > 0)
+    /// The state that is on its way to that worker, as far as is known here. Results are nearly always, and of no use to
+    /// one that lacks what they follow.
+    pub(super) fn state_under_way(&self, to: Incarnation) -> Option<Transfer> {
+        let outgoing = self.outgoing.get(&to).filter(|outgoing| !outgoing.parcels.is_closed())?;
+        let states = outgoing.under_way().filter(|parcel| matches!(parcel.transfer, Transfer::State { .. }));
+        states.map(|parcel| parcel.transfer).last()
     }
 
-    fn post(&mut self, to: Incarnation, parcel: Parcel) {
+    /// Whether anything is on its way to anybody.
+    pub(super) fn is_sending(&self) -> bool {
+        let open = self.outgoing.values().filter(|outgoing| !outgoing.parcels.is_closed());
+        open.flat_map(Outgoing::under_way).next().is_some()
+    }
+
+    /// Ends the transfers for which this is so, begun or not.
+    pub(super) fn cancel(&self, is_useless: impl Fn(Incarnation, Transfer) -> bool) {
+        for (&to, outgoing) in &self.outgoing {
+            let useless = outgoing.under_way().filter(|parcel| is_useless(to, parcel.transfer));
+            useless.for_each(|parcel| parcel.cancelled.store(true, Ordering::Relaxed));
+        }
+    }
+
+    fn connection(&mut self, to: Incarnation) -> &mut Outgoing {
         self.outgoing.retain(|_, outgoing| !outgoing.parcels.is_closed());
-        let outgoing = self.outgoing.entry(to).or_insert_with(|| {
-            let (parcels, queue) = unbounded_channel();
-            let (waiting, states) = <(Arc<AtomicUsize>, Arc<AtomicUsize>)>::default();
+        self.outgoing.entry(to).or_insert_with(|| {
+            let (messages, said) = mpsc::channel(MESSAGES_LIMIT);
+            let (parcels, sent) = mpsc::unbounded_channel();
             let from = *self.me.lock().unwrap_or_else(PoisonError::into_inner);
             let (endpoint, book) = (self.endpoint.clone(), self.book.clone());
-            let counts = (waiting.clone(), states.clone());
-            let delivery = self.io.spawn(deliver_all(endpoint, book, (from, to), queue, counts));
-            Outgoing { parcels, waiting, states, delivery }
-        });
-        if matches!(parcel, Parcel::Transfer { transfer: Transfer::State { .. }, .. }) {
-            outgoing.states.fetch_add(1, Ordering::Relaxed);
-        }
-        if outgoing.waiting.fetch_add(1, Ordering::Relaxed) >= QUEUE_LIMIT {
-            tracing::debug!(%to, "a worker takes nothing in");
-            self.outgoing.remove(&to);
-        } else {
-            // Fails when the connection has just ended, and with it what was to be said.
-            let _ = outgoing.parcels.send(parcel);
-        }
+            let queue = Queue { messages: said, parcels: sent };
+            let delivery = self.io.spawn(deliver_all(endpoint, book, (from, to), queue));
+            Outgoing { messages, parcels, waiting: Vec::new(), delivery }
+        })
+    }
+
+    /// The worker takes nothing in, or the connection to it has just ended, and with it what was to be said.
+    fn give_up(&mut self, to: Incarnation) {
+        tracing::debug!(%to, "a worker takes nothing in");
+        self.outgoing.remove(&to);
     }
 }
 
@@ -193,10 +241,9 @@ async fn deliver_all(
     endpoint: Endpoint,
     book: Arc<Book>,
     (from, to): (Incarnation, Incarnation),
-    queue: UnboundedReceiver<Parcel>,
-    counts: (Arc<AtomicUsize>, Arc<AtomicUsize>),
+    queue: Queue,
 ) {
-    if let Err(error) = deliver(&endpoint, &book, (from, to), queue, &counts).await {
+    if let Err(error) = deliver(&endpoint, &book, (from, to), queue).await {
         tracing::debug!(%to, %error, "cannot tell a worker");
     }
 }
@@ -205,8 +252,7 @@ async fn deliver(
     endpoint: &Endpoint,
     book: &Book,
     (from, to): (Incarnation, Incarnation),
-    mut queue: UnboundedReceiver<Parcel>,
-    (waiting, states): &(Arc<AtomicUsize>, Arc<AtomicUsize>),
+    mut queue: Queue,
 ) -> Result<(), TransportError> {
     let contact = book
         .get(to)
@@ -216,19 +262,16 @@ async fn deliver(
         timeout(DIAL_LIMIT, endpoint.connect(contact.exchange, &contact.member)).await.map_err(late)??;
     let (mut sender, _receiver) = connection.open_messages().await?;
     post(&mut sender, &Frame::Hello { from, to }).await?;
-    while let Some(parcel) = queue.recv().await {
-        match parcel {
-            Parcel::Says(message) => post(&mut sender, &Frame::Says(message)).await?,
-            Parcel::Transfer { transfer, present, bytes } => {
-                post_transfer(&mut sender, transfer, present, (*bytes).as_ref()).await?;
-                if matches!(transfer, Transfer::State { .. }) {
-                    states.fetch_sub(1, Ordering::Relaxed);
-                }
+    loop {
+        tokio::select! {
+            biased;
+            Some(message) = queue.messages.recv() => post(&mut sender, &Frame::Says(message)).await?,
+            Some(parcel) = queue.parcels.recv() => {
+                post_transfer(&mut sender, &parcel, &mut queue.messages).await?;
             }
+            else => return Ok(()),
         }
-        waiting.fetch_sub(1, Ordering::Relaxed);
     }
-    Ok(())
 }
 
 async fn post(sender: &mut MessageSender, frame: &Frame) -> Result<(), TransportError> {
@@ -237,13 +280,23 @@ async fn post(sender: &mut MessageSender, frame: &Frame) -> Result<(), Transport
 
 async fn post_transfer(
     sender: &mut MessageSender,
-    transfer: Transfer,
-    present: Vec<Slot>,
-    bytes: &[u8],
+    parcel: &Parcel,
+    messages: &mut mpsc::Receiver<PeerMessage>,
 ) -> Result<(), TransportError> {
+    if parcel.is_cancelled() {
+        return Ok(());
+    }
+    let bytes = (*parcel.bytes).as_ref();
+    let (transfer, present) = (parcel.transfer, parcel.present.clone());
     post(sender, &Frame::Begin { transfer, present, size: bytes.len() as u64 }).await?;
     let mut digest = Context::new(&SHA256);
     for chunk in bytes.chunks(CHUNK_BYTES) {
+        while let Ok(message) = messages.try_recv() {
+            post(sender, &Frame::Says(message)).await?;
+        }
+        if parcel.is_cancelled() {
+            return Ok(());
+        }
         digest.update(chunk);
         post(sender, &Frame::Chunk(Chunk(chunk.to_vec()))).await?;
     }
@@ -255,7 +308,7 @@ fn finish(digest: Context) -> [u8; 32] {
 }
 
 fn timed_out(what: &str, elapsed: Duration) -> TransportError {
-    TransportError::TimedOut { what: what.to_owned(), elapsed }
+    TransportError::TimedOut { what: what.to_owned(), ranks: Vec::new(), elapsed }
 }
 
 // ---- receiving ----
@@ -303,13 +356,26 @@ async fn serve(connection: &Connection, reception: &Reception) -> Result<(), Tra
     let Some(Frame::Hello { from, to }) = first.map_err(|_| timed_out("a hello", DIAL_LIMIT))?? else {
         return Err(refused("the first message must be a hello"));
     };
-    if reception.book.get(from).is_none_or(|contact| contact.member != connection.member()) {
+    if reception.contact(from).await.is_none_or(|contact| contact.member != connection.member()) {
         return Err(refused("the certificate is not that of this incarnation"));
     }
     reception.follow(&mut receiver, from, to).await
 }
 
 impl Reception {
+    /// Whose that incarnation is. Its launcher says so to this worker's, which may take longer than it takes to come here.
+    async fn contact(&self, from: Incarnation) -> Option<Contact> {
+        let look = async {
+            loop {
+                match self.book.get(from) {
+                    Some(contact) => return contact,
+                    None => sleep(LOOK_INTERVAL).await,
+                }
+            }
+        };
+        timeout(INTRODUCTION_LIMIT, look).await.ok()
+    }
+
     async fn follow(
         &self,
         receiver: &mut MessageReceiver,
@@ -322,8 +388,11 @@ impl Reception {
                 return Err(refused("that incarnation is over"));
             }
             match (frame, incoming.take()) {
-                (Frame::Says(message), None) => (self.arrived)(Arrival::Says { from, message }),
-                (Frame::Begin { transfer, present, size }, None) => {
+                (Frame::Says(message), begun) => {
+                    (self.arrived)(Arrival::Says { from, message });
+                    incoming = begun;
+                }
+                (Frame::Begin { transfer, present, size }, _) => {
                     incoming = Some(self.begin(transfer, present, size)?);
                     (self.arrived)(Arrival::Receiving(transfer));
                 }
@@ -403,10 +472,112 @@ impl<'de> Visitor<'de> for ChunkVisitor {
 
 #[cfg(test)]
 mod tests {
-    use paceline_transport::wire;
+    use std::net::Ipv4Addr;
+    use std::sync::mpsc::{Receiver, Sender, channel};
+
+    use paceline_transport::identity::JobAuthority;
+    use paceline_transport::{IoThread, wire};
     use proptest::prelude::*;
 
     use super::*;
+    use crate::membership::{Progress, Step};
+
+    /// More than sockets and channels hold.
+    const LARGE: usize = 32 << 20;
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    /// Two workers, of which the second stops taking anything in at the first bytes of a transfer until it may go on.
+    struct Pair {
+        one: Exchange,
+        arrived: Receiver<Arrival>,
+        go_on: Sender<()>,
+        _other: Exchange,
+        _io: [IoThread; 2],
+    }
+
+    const ONE: Incarnation = Incarnation(1);
+    const OTHER: Incarnation = Incarnation(2);
+
+    fn pair() -> Pair {
+        let authority = JobAuthority::new("job").expect("a name");
+        let book = Arc::new(Book::default());
+        let io = [ONE, OTHER].map(|_| IoThread::start().expect("a thread"));
+        let endpoint = |io: &IoThread, incarnation: Incarnation| {
+            let member = format!("worker-{}", incarnation.0);
+            let identity = authority.issue(&member, Duration::from_secs(3600)).expect("an identity");
+            let endpoint = Endpoint::bind(&io.handle(), (Ipv4Addr::LOCALHOST, 0).into(), &identity);
+            let endpoint = endpoint.expect("a port");
+            let addr = endpoint.local_addr();
+            book.insert(Contact { incarnation, member, links: addr, exchange: addr });
+            endpoint
+        };
+        let endpoints = [endpoint(&io[0], ONE), endpoint(&io[1], OTHER)];
+        let limits = Limits { state: LARGE, result: LARGE };
+        let (news, arrived) = channel();
+        let (go_on, waits) = channel();
+        let (news, waits) = (Mutex::new(news), Mutex::new(Some(waits)));
+        let arrive = move |arrival| {
+            let stops = matches!(arrival, Arrival::Receiving(_));
+            let _ = news.lock().expect("nobody panics").send(arrival);
+            let gate: Option<Receiver<()>> =
+                if stops { waits.lock().expect("nobody panics").take() } else { None };
+            let _ = gate.map(|gate| gate.recv_timeout(PATIENCE));
+        };
+        let [here, there] = endpoints;
+        let one = Exchange::new(io[0].handle(), here, book.clone(), ONE, limits, |_| {});
+        let other = Exchange::new(io[1].handle(), there, book.clone(), OTHER, limits, arrive);
+        Pair { one, arrived, go_on, _other: other, _io: io }
+    }
+
+    fn state(steps: u64) -> Transfer {
+        Transfer::State { state: Progress { applied: Step(steps), lineage: steps } }
+    }
+
+    impl Pair {
+        /// Begins a long transfer.
+        fn begin(&mut self) {
+            self.one.send(OTHER, state(1), Vec::new(), Arc::new(vec![1; LARGE]));
+            assert!(matches!(self.arrived.recv_timeout(PATIENCE), Ok(Arrival::Receiving(_))));
+        }
+
+        /// What comes next, but for the news that bytes do.
+        fn next(&self) -> Arrival {
+            loop {
+                match self.arrived.recv_timeout(PATIENCE).expect("something comes") {
+                    Arrival::Receiving(_) => {}
+                    arrival => return arrival,
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_message_does_not_wait_for_the_end_of_a_transfer() {
+        let mut pair = pair();
+        pair.begin();
+        pair.one.say(OTHER, PeerMessage::Soon);
+        pair.go_on.send(()).expect("it waits");
+        assert!(matches!(pair.next(), Arrival::Says { message: PeerMessage::Soon, .. }));
+        let next = pair.next();
+        assert!(
+            matches!(next, Arrival::Received { transfer, bytes, .. } if transfer == state(1) && bytes == vec![1; LARGE])
+        );
+    }
+
+    #[test]
+    fn a_transfer_that_is_of_no_use_any_more_ends_for_the_next_one() {
+        let mut pair = pair();
+        pair.begin();
+        pair.one.cancel(|to, transfer| to == OTHER && transfer == state(1));
+        assert_eq!(pair.one.state_under_way(OTHER), None);
+        pair.one.send(OTHER, state(2), Vec::new(), Arc::new(vec![2; 3]));
+        assert_eq!(pair.one.state_under_way(OTHER), Some(state(2)));
+        pair.go_on.send(()).expect("it waits");
+        let next = pair.next();
+        assert!(
+            matches!(next, Arrival::Received { transfer, bytes, .. } if transfer == state(2) && bytes == [2; 3])
+        );
+    }
 
     #[test]
     fn a_chunk_of_the_largest_size_fits_a_message() {

@@ -9,7 +9,7 @@ use paceline_collectives::{Communicator, Config, Error as CollectivesError, Inte
 use paceline_transport::quic::{self, QuicTransport};
 use paceline_transport::shm::{self, Sharing};
 use paceline_transport::tls::{self, TlsTransport};
-use paceline_transport::{Member, Roster, Transport, mem};
+use paceline_transport::{Error as TransportError, Member, Roster, Transport, mem};
 use tokio::sync::watch;
 
 use super::book::Book;
@@ -36,9 +36,10 @@ pub(super) enum News<G> {
         step: Step,
         mean: Vec<G>,
     },
-    /// Not all links of that epoch could be made.
+    /// Not all links of that epoch could be made; `missing` are those to whom, as far as is known.
     Unformed {
         epoch: Epoch,
+        missing: Vec<Incarnation>,
         reason: String,
     },
     /// The communicator of that epoch has failed; `lost` are those whose fault it seems to be.
@@ -127,7 +128,7 @@ impl Links {
                             open = Some((view, communicator));
                             continue;
                         }
-                        Err(error) => News::Unformed { epoch: view.epoch, reason: error.to_string() },
+                        Err(error) => unformed(&view, &error),
                     }
                 }
                 Order::Run { epoch, step, shares, inputs } => {
@@ -194,6 +195,16 @@ impl Links {
             Door::Quic(door) => Box::new(QuicTransport::connect_unless(door, roster, deadline, give_up)?),
         })
     }
+}
+
+fn unformed<G>(view: &View, error: &Error) -> News<G> {
+    let ranks = match error {
+        Error::Transport(TransportError::TimedOut { ranks, .. }) => &ranks[..],
+        _ => &[],
+    };
+    let missing = ranks.iter().filter_map(|&rank| view.members.get(rank));
+    let missing = missing.map(|member| member.incarnation).collect();
+    News::Unformed { epoch: view.epoch, missing, reason: error.to_string() }
 }
 
 fn failed<G>(view: &View, error: &Error) -> News<G> {

@@ -13,7 +13,7 @@ use paceline_transport::{Fabric, IoThread, quic, tls};
 
 use super::book::Book;
 use super::control::{Command, Control, Input, Wires};
-use super::exchange::{Exchange, Limits};
+use super::exchange::{Exchange, Limits, QUEUE_LIMIT};
 use super::links::{Door, Fence, Links};
 use super::pipe::{self, Contact, FromChild, ToChild, Welcome, Wish};
 use super::program::Program;
@@ -81,7 +81,9 @@ pub(super) fn train<P: Program>(
     let news = inputs.clone();
     spawn("link-news", move || telling.into_iter().for_each(|told| drop(news.send(Input::Links(told)))))?;
     let start = Instant::now();
-    let core = Worker::new(welcome.job, me, welcome.begins.then_some(Progress::START), Duration::ZERO);
+    let (core, first) =
+        Worker::new(welcome.job, me, welcome.begins.then_some(Progress::START), Duration::ZERO);
+    let core = (core.with_state_worth(state_worth(training.state_size(), limits.result)), first);
     let wires = Wires { pipe: pipe.clone(), orders, commands };
     let control = Control::new(core, start, wires, (book, exchange, fence), contact, training.pool().clone());
     let control = spawn("control", move || control.run(&heard))?;
@@ -96,6 +98,11 @@ pub(super) fn train<P: Program>(
     renewed.abort();
     let _ = pipe.shutdown(std::net::Shutdown::Both);
     end
+}
+
+/// How many results of a step are as many bytes as the state; no more than may wait to be sent along with one.
+fn state_worth(state_size: usize, result_size: usize) -> u64 {
+    (state_size / result_size).clamp(1, QUEUE_LIMIT - 2) as u64
 }
 
 /// Refuses an order of summation that would depend on which ranks there are.

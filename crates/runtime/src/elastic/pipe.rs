@@ -7,6 +7,7 @@
 //!                           ◀─────  Welcome{job, …} | Refused{reason}
 //! Contact, Says(Hello)      ─────▶
 //!                           ◀─────  Contact | Forget | Says(…)      from then on
+//! Moving                    ─────▶                                  while states or results are under way
 //! Finished                  ─────▶
 //!                           ◀─────  Finished                        when all are
 //! ```
@@ -22,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use crate::membership::{FromWorker, Incarnation, Job, Mode, ToWorker};
 
 /// The version of these messages: both sides are of one installation, but a program may have been linked long ago.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 
 /// Where an admission of a worker is reached by the others.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,6 +63,8 @@ pub enum FromChild {
     Contact(Contact),
     /// Of the membership.
     Says(FromWorker),
+    /// A state or a result is on its way from or to this worker.
+    Moving,
     /// The training is complete here.
     Finished,
 }

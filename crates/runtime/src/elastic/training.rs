@@ -56,9 +56,14 @@ impl<'p, P: Program> Training<'p, P> {
         self.program.gradient_len() + 1
     }
 
+    /// The number of bytes of all tensors.
+    pub(super) fn state_size(&mut self) -> usize {
+        self.program.state().iter().map(|tensor| tensor.bytes.len()).sum()
+    }
+
     /// The most bytes of a copy of the state.
     pub(super) fn state_limit(&mut self) -> usize {
-        self.program.state().iter().map(|tensor| tensor.bytes.len()).sum::<usize>() + HEADER_LIMIT
+        self.state_size() + HEADER_LIMIT
     }
 
     /// Where inputs come from, and should go back to.
@@ -122,8 +127,7 @@ impl<'p, P: Program> Training<'p, P> {
         if header.layout != self.layout() {
             return Err(wrong("has other tensors than this program; start the same program on all workers"));
         }
-        let total: usize = self.program.state().iter().map(|tensor| tensor.bytes.len()).sum();
-        if rest.len() != total || !header.ledger.fits(self.slots) {
+        if rest.len() != self.state_size() || !header.ledger.fits(self.slots) {
             return Err(wrong("has another size, or another number of slots"));
         }
         for tensor in self.program.state() {

@@ -97,7 +97,7 @@ pub enum Message {
         /// The sender's workers, each with the state that it has loaded.
         workers: Vec<Report>,
     },
-    /// These workers of mine, outside of that epoch's view, have its state but for a step, and want to enter.
+    /// These workers of mine, outside of that epoch's view, want to enter.
     Ready {
         /// The epoch that they are not in.
         epoch: Epoch,
@@ -203,7 +203,7 @@ pub enum FromWorker {
         /// What it has to say.
         report: Report,
     },
-    /// It has the state of the view but for a step.
+    /// A member of the view has told it to enter.
     Ready {
         /// The epoch of the view that it is not in.
         epoch: Epoch,
@@ -243,8 +243,8 @@ pub enum PeerMessage {
     },
     /// To whoever has asked for a state: it will come, ask nobody else.
     Soon,
-    /// To a newcomer: you are one step behind at most.
-    Near {
+    /// To a newcomer: ask to enter. It is one step behind at most, or would not come nearer by what it is sent.
+    Enter {
         /// The epoch of the view that it should enter from.
         epoch: Epoch,
     },

@@ -161,8 +161,12 @@ pub struct Worker {
     lost_links: BTreeMap<Incarnation, Duration>,
     /// Members that asked before this worker knew the view that they are in.
     early: BTreeMap<Incarnation, (Epoch, Option<Progress>)>,
+    /// Newcomers that asked between two views, with what they have: each would wait before it asks somebody else.
+    pulls: BTreeMap<Incarnation, Option<Progress>>,
     /// Newcomers that are sent stable steps.
     followers: BTreeMap<Incarnation, Follower>,
+    /// How many results of steps are as many bytes as a whole state.
+    state_worth: u64,
     mutation: Mutation,
     actions: Vec<WorkerAction>,
 }
@@ -172,12 +176,16 @@ pub struct Worker {
 struct Follower {
     /// The last state sent to it, or that it had when it came.
     sent: Option<Progress>,
+    /// The last step that it has said it has; until it says so, that of the whole state that it was sent.
+    has: Step,
     since: Duration,
+    /// It does not keep up: more results than a state is worth were on their way to it. It is sent nothing any more, enters
+    /// with what it has, and fetches a whole state while the others wait, which is one transfer however far behind it is.
+    late: bool,
 }
 
-/// After how many times [`Timing::suspect`](super::Timing::suspect) a newcomer that has not come within a step enters
-/// all the same, and gets what it lacks while the others wait: where steps are faster than their results can be sent it
-/// would follow for ever.
+/// After how many times [`Timing::suspect`](super::Timing::suspect) a newcomer counts as late that has kept up without
+/// coming within a step.
 const FOLLOWING_LIMIT: u32 = 4;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -224,13 +232,23 @@ impl Worker {
             beat_at: now,
             lost_links: BTreeMap::new(),
             early: BTreeMap::new(),
+            pulls: BTreeMap::new(),
             followers: BTreeMap::new(),
+            state_worth: 1,
             mutation: Mutation::None,
             actions: Vec::new(),
         };
         worker.greet();
         let actions = std::mem::take(&mut worker.actions);
         (worker, actions)
+    }
+
+    /// With a whole state that has as many bytes as so many results of steps; one unless said otherwise. A newcomer that
+    /// is further behind is better served with the state that its first view begins with.
+    #[must_use]
+    pub fn with_state_worth(mut self, results: u64) -> Self {
+        self.state_worth = results;
+        self
     }
 
     /// With a defect.
@@ -401,6 +419,7 @@ impl Worker {
         self.previous = None;
         self.asked_to_enter = None;
         self.early.clear();
+        self.pulls.clear();
         self.act(if self.leaving { WorkerAction::Left } else { WorkerAction::Draw });
     }
 
@@ -414,6 +433,9 @@ impl Worker {
         if self.current == Some(target) || skips {
             self.standing = Standing::Going;
             self.holder = true;
+            for (from, have) in std::mem::take(&mut self.pulls) {
+                self.on_pull(from, have);
+            }
             self.proceed();
         } else if self.holder && self.current.is_some_and(|mine| mine.applied >= target.applied) {
             self.standing = Standing::Broken;
@@ -570,19 +592,20 @@ impl Worker {
     fn on_peer(&mut self, from: Incarnation, message: PeerMessage) {
         match message {
             PeerMessage::Fetch { epoch, have } => self.on_fetch(from, epoch, have),
-            PeerMessage::Pull { have } if self.standing == Standing::Going && self.is_newcomer(from) => {
-                let sent = have.filter(|_| self.is_near(have));
-                let since = self.followers.get(&from).map_or(self.now, |follower| follower.since);
-                self.followers.insert(from, Follower { sent, since });
-                if sent.is_none() {
-                    self.act(WorkerAction::Peer { to: from, message: PeerMessage::Soon });
+            PeerMessage::Pull { have } => match self.standing {
+                Standing::Going => self.on_pull(from, have),
+                Standing::Behind | Standing::Stopped if self.pulls.len() < MAX_WORKERS => {
+                    self.pulls.insert(from, have);
                 }
-                self.welcome(from, have);
+                _ => {}
+            },
+            PeerMessage::Pulled { have } => {
+                if let Some(follower) = self.followers.get_mut(&from) {
+                    follower.has = follower.has.max(have.applied);
+                    self.welcome(from, Some(have));
+                }
             }
-            PeerMessage::Pulled { have } if self.followers.contains_key(&from) => {
-                self.welcome(from, Some(have))
-            }
-            PeerMessage::Near { epoch } => self.on_near(epoch),
+            PeerMessage::Enter { epoch } => self.on_enter(epoch),
             PeerMessage::Soon if self.ask_at.is_some() => {
                 self.promised = true;
                 self.ask_at = Some(self.now + self.job.timing.suspect);
@@ -591,8 +614,23 @@ impl Worker {
         }
     }
 
-    fn on_near(&mut self, epoch: Epoch) {
-        let enters = self.standing == Standing::Outside && !self.leaving && self.current.is_some();
+    fn on_pull(&mut self, from: Incarnation, have: Option<Progress>) {
+        if !self.is_newcomer(from) {
+            return;
+        }
+        let sent = have.filter(|_| self.is_near(have));
+        let has = sent.map_or(Step(0), |state| state.applied);
+        let known = self.followers.get(&from);
+        let (since, late) = known.map_or((self.now, false), |known| (known.since, known.late));
+        self.followers.insert(from, Follower { sent, has, since, late });
+        if sent.is_none() && !late {
+            self.act(WorkerAction::Peer { to: from, message: PeerMessage::Soon });
+        }
+        self.welcome(from, have);
+    }
+
+    fn on_enter(&mut self, epoch: Epoch) {
+        let enters = self.standing == Standing::Outside && !self.leaving;
         if enters && epoch == self.epoch() {
             self.asked_to_enter = Some(epoch);
             self.act(WorkerAction::Launcher(FromWorker::Ready { epoch }));
@@ -608,26 +646,42 @@ impl Worker {
         have.is_some() && (have == self.current || have == self.previous)
     }
 
+    /// Has a newcomer enter that is a step behind at most, or that would not come so far.
     fn welcome(&mut self, newcomer: Incarnation, have: Option<Progress>) {
-        let follower = self.followers.get(&newcomer);
+        let limit = self.job.timing.suspect * FOLLOWING_LIMIT;
         let late =
-            |follower: &Follower| self.now >= follower.since + self.job.timing.suspect * FOLLOWING_LIMIT;
-        if self.is_near(have) || have.is_some() && follower.is_some_and(late) {
-            let message = PeerMessage::Near { epoch: self.epoch() };
+            |follower: &Follower| follower.late || have.is_some() && self.now >= follower.since + limit;
+        if self.is_near(have) || self.followers.get(&newcomer).is_some_and(late) {
+            let message = PeerMessage::Enter { epoch: self.epoch() };
             self.act(WorkerAction::Peer { to: newcomer, message });
         }
     }
 
     fn serve_followers(&mut self, state: Progress) {
         let previous = self.previous;
-        for (to, Follower { sent, since }) in std::mem::take(&mut self.followers) {
-            self.followers.insert(to, Follower { sent: Some(state), since });
+        for (to, mut follower) in std::mem::take(&mut self.followers) {
+            let was_late = follower.late;
+            let sent = follower.sent.replace(state);
             let transfer = match (sent, previous) {
-                (Some(sent), _) if sent == state => continue,
-                (Some(sent), Some(before)) if sent == before => Transfer::Result { before, after: state },
-                _ => Transfer::State { state },
+                _ if follower.late || sent == Some(state) => None,
+                (Some(_), _) if state.applied.0.saturating_sub(follower.has.0) > self.state_worth => {
+                    follower.late = true;
+                    None
+                }
+                (Some(sent), Some(before)) if sent == before => {
+                    Some(Transfer::Result { before, after: state })
+                }
+                _ => {
+                    follower.has = state.applied;
+                    Some(Transfer::State { state })
+                }
             };
-            self.act(WorkerAction::Send { to, transfer });
+            self.followers.insert(to, follower);
+            match transfer {
+                Some(transfer) => self.act(WorkerAction::Send { to, transfer }),
+                None if follower.late && !was_late => self.welcome(to, None),
+                None => {}
+            }
         }
     }
 

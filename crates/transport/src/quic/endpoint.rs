@@ -238,7 +238,8 @@ impl LinkEndpoint for Endpoint {
         let (this, member) = (self.clone(), member.to_owned());
         let dial = async move {
             timeout(limit, this.dial(addr, &member)).await.unwrap_or_else(|_| {
-                Err(Error::TimedOut { what: format!("an answer from {member} at {addr}"), elapsed: limit })
+                let what = format!("an answer from {member} at {addr}");
+                Err(Error::TimedOut { what, ranks: Vec::new(), elapsed: limit })
             })
         };
         self.shared.io.run(dial).await?

@@ -464,7 +464,7 @@ impl Links<'_> {
             }
             if now >= self.deadline {
                 let what = format!("rank {peer} to say whether it is on this host");
-                return Err(Error::TimedOut { what, elapsed: started.elapsed() });
+                return Err(Error::TimedOut { what, ranks: vec![peer], elapsed: started.elapsed() });
             }
             if !moved {
                 // Short, to hear `give_up` in time; the links wake us when something comes.

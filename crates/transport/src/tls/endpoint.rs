@@ -233,7 +233,8 @@ impl Dialler {
         let (this, member) = (self.clone(), member.to_owned());
         let dial = async move {
             timeout(limit, this.dial(addr, &member, wish)).await.unwrap_or_else(|_| {
-                Err(Error::TimedOut { what: format!("an answer from {member} at {addr}"), elapsed: limit })
+                let what = format!("an answer from {member} at {addr}");
+                Err(Error::TimedOut { what, ranks: Vec::new(), elapsed: limit })
             })
         };
         self.io.run(dial).await?

@@ -26,8 +26,13 @@ struct Running {
 
 impl Running {
     fn new(seed: u64, job: Job) -> Self {
-        let mut world =
-            World::new(seed, job, Mutation::None, std::env::var_os("PACELINE_SIM_LINES").is_some());
+        Self::with_work(seed, job, (ms(20), ms(2)))
+    }
+
+    /// With states and results that take so long.
+    fn with_work(seed: u64, job: Job, (state, result): (Duration, Duration)) -> Self {
+        let traced = std::env::var_os("PACELINE_SIM_LINES").is_some();
+        let mut world = World::new(seed, job, Mutation::None, traced).with_work(state, result);
         world.run_until(ms(1000));
         assert!(world.whole().is_ok(), "seed {seed}: {:?}", world.whole());
         Self { world }
@@ -278,5 +283,28 @@ fn a_newcomer_enters_without_a_second_view_change() {
             epoch.0 + 2,
             "seed {seed}: one epoch without it and one with its successor"
         );
+    }
+}
+
+#[test]
+fn a_newcomer_that_cannot_keep_up_holds_the_others_up_for_one_transfer_of_the_state() {
+    let transfer = ms(400);
+    for seed in SEEDS {
+        let mut run = Running::with_work(seed, job(3, 1), (transfer, transfer));
+        run.strike(Fault::KillWorker(run.world.places()[0]));
+        run.pass_until("its successor is there", |world| world.places().len() == 3);
+        let (start, mut newest, mut longest) = (run.world.now, (run.stable(), run.world.now), Duration::ZERO);
+        while run.world.whole().is_err() {
+            assert!(run.world.now < start + ms(10_000), "seed {seed}: {:?}", run.world.whole());
+            run.pass(ms(1));
+            longest = longest.max(run.world.now - newest.1);
+            if run.stable() > newest.0 {
+                newest = (run.stable(), run.world.now);
+            }
+        }
+        // Steps take up to 120 ms while two compute three shares, and messages up to 40 ms.
+        assert!(longest < transfer + ms(300), "seed {seed}: no step for {longest:?}");
+        let entered = run.world.now - start;
+        assert!(entered < transfer + ms(1_200), "seed {seed}: {entered:?}");
     }
 }

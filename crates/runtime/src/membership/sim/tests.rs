@@ -33,6 +33,13 @@ fn job_of(seed: u64) -> Job {
     Job { seats, workers_per_launcher, slots, mode, fence, timing: timing() }
 }
 
+/// How long a state and a result are under way: from much less than a step to many of them.
+fn work_of(seed: u64) -> (Duration, Duration) {
+    let mut rng = fastrand::Rng::with_seed(seed ^ 0xb17e5);
+    let state_ms = if rng.bool() { 20 } else { rng.u64(20..400) };
+    (ms(state_ms), ms(if rng.bool() { 2 } else { rng.u64(2..=state_ms) }))
+}
+
 /// How a run ended: the violated invariant, if any.
 struct Outcome {
     violation: Option<String>,
@@ -44,7 +51,8 @@ struct Outcome {
 }
 
 fn simulate(seed: u64, job: Job, mutation: Mutation, traced: bool) -> Outcome {
-    let mut world = World::new(seed, job, mutation, traced);
+    let (state_work, result_work) = work_of(seed);
+    let mut world = World::new(seed, job, mutation, traced).with_work(state_work, result_work);
     world.spite = 8;
     world.plan_faults(ms(500), PEACE);
     world.run_until(PEACE);

@@ -125,6 +125,12 @@ pub(super) struct World {
     pub(super) loss: u32,
     /// Per mille of the moments that matter at which a process is killed, frozen or cut off.
     pub(super) spite: u32,
+    /// How long a copy of the state takes, and the result of a step; a step takes 20 to 40 ms for each share.
+    pub(super) state_work: Duration,
+    pub(super) result_work: Duration,
+    state_worth: u64,
+    /// Until when transfers from one worker to another are under way.
+    busy: BTreeMap<(Incarnation, Incarnation), Duration>,
     pub(super) trace: Option<Vec<String>>,
     queue: BTreeMap<(Duration, u64), Happening>,
     routes: BTreeMap<Incarnation, Place>,
@@ -145,6 +151,10 @@ impl World {
             cuts: BTreeSet::new(),
             loss: 0,
             spite: 0,
+            state_work: ms(20),
+            result_work: ms(2),
+            state_worth: 6,
+            busy: BTreeMap::new(),
             trace: traced.then(Vec::new),
             queue: BTreeMap::new(),
             routes: BTreeMap::new(),
@@ -156,6 +166,13 @@ impl World {
             world.schedule(delay, Happening::StartLauncher { seat });
         }
         world
+    }
+
+    /// With states and results of that size, in how long they take.
+    pub(super) fn with_work(mut self, state: Duration, result: Duration) -> Self {
+        (self.state_work, self.result_work) = (state, result);
+        self.state_worth = (state.as_micros() / result.as_micros()).clamp(1, 6) as u64;
+        self
     }
 
     pub(super) fn schedule(&mut self, delay: Duration, happening: Happening) {
@@ -243,7 +260,7 @@ impl World {
         };
         let (core, actions) = Worker::new(self.job, incarnation, Some(progress), self.now);
         let program = Program::new(model, self.mutation);
-        let core = core.with(self.mutation);
+        let core = core.with(self.mutation).with_state_worth(self.state_worth);
         let process =
             WorkerProcess { core, program, frozen: false, held: VecDeque::new(), tick_at: Duration::MAX };
         site.workers.insert(place.child, process);
@@ -546,6 +563,11 @@ impl World {
             WorkerAction::Send { to, transfer } => self.send(place, to, transfer),
             WorkerAction::Open(view) => {
                 let Some(process) = self.worker(place) else { return };
+                let me = process.core.incarnation();
+                let useless =
+                    |(from, to): &(Incarnation, Incarnation)| *from == me && view.member(*to).is_some();
+                self.busy.retain(|pair, _| !useless(pair));
+                let Some(process) = self.worker(place) else { return };
                 let frames = process.program.open(view);
                 for frame in frames {
                     let to = self.worker(place).map(|process| process.core.incarnation());
@@ -697,21 +719,27 @@ impl World {
     }
 
     fn send(&mut self, place: Place, to: Incarnation, transfer: Transfer) {
+        let (state_work, result_work) = (self.state_work, self.result_work);
         let Some(process) = self.worker(place) else { return };
         let from = Source { seat: place.seat, incarnation: process.core.incarnation() };
         let (bytes, work) = match transfer {
             Transfer::Result { .. } => {
                 let result = process.program.result.clone();
-                (Bytes::Result(result.expect("a result that is sent is kept")), ms(2))
+                (Bytes::Result(result.expect("a result that is sent is kept")), result_work)
             }
-            Transfer::State { .. } => (Bytes::State(Box::new(process.program.model.clone())), ms(20)),
+            Transfer::State { .. } => (Bytes::State(Box::new(process.program.model.clone())), state_work),
         };
         if process.core.progress().map(|progress| progress.applied.0) != Some(process.program.model.applied())
         {
             self.checks
                 .fail(|| format!("I6: the core of worker {} is at another step than its state", name(place)));
         }
-        let delay = self.delay() + work;
+        // One after the other.
+        let now = self.now;
+        let free = self.busy.entry((from.incarnation, to)).or_default();
+        *free = now.max(*free) + work;
+        let wait = *free - now;
+        let delay = self.delay() + wait;
         self.schedule(delay, Happening::Transfer { from, to, transfer, bytes });
     }
 

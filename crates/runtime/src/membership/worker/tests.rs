@@ -60,3 +60,96 @@ fn a_newcomer_asks_the_next_one_when_the_first_says_nothing() {
     assert_eq!(asks(worker.handle(1100 * MS, WorkerEvent::Tick)), Some(next));
     assert_ne!(asks(worker.handle(1600 * MS, WorkerEvent::Tick)), Some(next));
 }
+
+/// A member that has made no step in its view yet, and to which a state is worth so many results.
+fn member(state_worth: u64) -> Worker {
+    let (mode, fence, timing) = (Mode::Slots, Fence::Majority, Timing::default());
+    let job = Job { seats: 1, workers_per_launcher: 4, slots: 3, mode, fence, timing };
+    let state = decision().resolution.state();
+    let (worker, _) = Worker::new(job, Incarnation(1), Some(state), Duration::ZERO);
+    let mut worker = worker.with_state_worth(state_worth);
+    worker.handle(Duration::ZERO, WorkerEvent::Launcher(ToWorker::Install(decision())));
+    worker
+}
+
+/// What it sends and says to the newcomer in the next step, in which the state before it becomes stable.
+fn step(worker: &mut Worker) -> Vec<WorkerAction> {
+    let from = worker.progress().expect("a member has a state");
+    let (epoch, step) = (Epoch(1), from.applied.next());
+    worker.handle(Duration::ZERO, WorkerEvent::Submitted { from, slots: vec![0] });
+    let actions = worker.handle(Duration::ZERO, WorkerEvent::FirstReduced { epoch, step });
+    worker.handle(Duration::ZERO, WorkerEvent::Reduced { epoch, step });
+    let to_newcomer = |action: &WorkerAction| matches!(action, WorkerAction::Send { to, .. } | WorkerAction::Peer { to, .. } if *to == NEWCOMER);
+    actions.into_iter().filter(to_newcomer).collect()
+}
+
+fn pull(have: Option<Progress>) -> WorkerEvent {
+    WorkerEvent::Peer { from: NEWCOMER, message: PeerMessage::Pull { have } }
+}
+
+fn enter() -> WorkerAction {
+    WorkerAction::Peer { to: NEWCOMER, message: PeerMessage::Enter { epoch: Epoch(1) } }
+}
+
+fn has_state(actions: &[WorkerAction]) -> bool {
+    matches!(actions, [WorkerAction::Send { transfer: Transfer::State { .. }, .. }])
+}
+
+fn has_result(actions: &[WorkerAction]) -> bool {
+    matches!(actions, [WorkerAction::Send { transfer: Transfer::Result { .. }, .. }])
+}
+
+#[test]
+fn a_newcomer_to_which_more_results_are_on_their_way_than_a_state_is_worth_is_to_enter() {
+    let mut worker = member(2);
+    step(&mut worker);
+    worker.handle(Duration::ZERO, pull(None));
+    assert!(has_state(&step(&mut worker)));
+    assert!(has_result(&step(&mut worker)));
+    assert!(has_result(&step(&mut worker)));
+    assert_eq!(step(&mut worker), [enter()]);
+    assert_eq!(step(&mut worker), [], "it is told once");
+    let again = worker.handle(Duration::ZERO, pull(None));
+    assert_eq!(again, [enter()], "the word was lost");
+    assert_eq!(step(&mut worker), [], "a state would be of no use");
+}
+
+#[test]
+fn a_newcomer_that_says_what_it_has_is_sent_results_until_it_is_near() {
+    let mut worker = member(2);
+    step(&mut worker);
+    worker.handle(Duration::ZERO, pull(None));
+    assert!(has_state(&step(&mut worker)));
+    for _ in 0..5 {
+        let have = worker.progress().expect("a member has a state");
+        assert!(has_result(&step(&mut worker)));
+        let said = worker.handle(
+            Duration::ZERO,
+            WorkerEvent::Peer { from: NEWCOMER, message: PeerMessage::Pulled { have } },
+        );
+        assert_eq!(said, [enter()]);
+    }
+}
+
+#[test]
+fn a_newcomer_without_a_state_asks_to_enter_when_it_is_told_to() {
+    let (mut worker, asked) = newcomer();
+    let said = |actions: Vec<WorkerAction>| {
+        actions.contains(&WorkerAction::Launcher(FromWorker::Ready { epoch: Epoch(1) }))
+    };
+    let message = |epoch| WorkerEvent::Peer { from: asked, message: PeerMessage::Enter { epoch } };
+    assert!(!said(worker.handle(MS, message(Epoch(0)))), "of a view that is over");
+    assert!(said(worker.handle(2 * MS, message(Epoch(1)))));
+}
+
+#[test]
+fn whoever_asks_between_two_views_is_answered_in_the_next_one() {
+    let mut worker = member(2);
+    worker.handle(Duration::ZERO, WorkerEvent::Launcher(ToWorker::Wedge { epoch: Epoch(1) }));
+    assert_eq!(worker.handle(Duration::ZERO, pull(None)), []);
+    let mut next = decision();
+    next.view.epoch = Epoch(2);
+    let actions = worker.handle(Duration::ZERO, WorkerEvent::Launcher(ToWorker::Install(next)));
+    let soon = WorkerAction::Peer { to: NEWCOMER, message: PeerMessage::Soon };
+    assert!(actions.contains(&soon), "{actions:?}");
+}
