@@ -259,8 +259,8 @@ enum Meeting {
     Stopped(Signal),
 }
 
-/// Opens the rendezvous, on a thread of its own: the wait for other nodes, or for certificates that others make, is long, and as PID 1 of a container the
-/// launcher would not even be ended by a signal that it does not look for.
+/// Opens the rendezvous, on a thread of its own: the wait for other nodes, or for certificates that others make, is
+/// long, and as PID 1 of a container the launcher would not even be ended by a signal that it does not look for.
 fn open(args: &RunArgs, console: &Console, signals: &mut Signals, pulse: &Pulse) -> Result<Meeting, Error> {
     if args.nodes.is_none() && args.identity.is_none() {
         return rendezvous::open(args, console).map(Meeting::Open);
