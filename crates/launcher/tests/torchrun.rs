@@ -405,8 +405,12 @@ fn a_launcher_of_a_former_run_is_not_let_into_the_next_one() {
     let folder = Folder::new();
     let (endpoint, secret) = (free_endpoint(), folder.write("secret", "b1946ac92492d2347c6235b4d2611184"));
     let launcher = format!("echo $PPID > {}.$TORCHELASTIC_RUN_ID.$RANK\n", folder.name("launcher"));
-    let then = "[ $TORCHELASTIC_RUN_ID = tuesday ] && exit 0\nexec sleep 1000";
-    let program = launcher + &noting(&folder.name("notes.$TORCHELASTIC_RUN_ID"), then);
+    // The next run lasts until the one that is left has come to it.
+    let then = format!(
+        "[ $TORCHELASTIC_RUN_ID = monday ] && exec sleep 1000\nuntil [ -e {} ]; do sleep 0.02; done",
+        folder.name("gone")
+    );
+    let program = launcher + &noting(&folder.name("notes.$TORCHELASTIC_RUN_ID"), &then);
     let run = |id| {
         ["0", "1"].map(|node| {
             let more = ["--rdzv-id", id, "--node-rank", node, "--max-restarts", "1"];
@@ -422,6 +426,7 @@ fn a_launcher_of_a_former_run_is_not_let_into_the_next_one() {
     // The one that is left looks for another launcher 0 where the next run has its own.
     let next = run("tuesday");
     let left = left.wait_with_output().expect("it ends");
+    folder.write("gone", "");
     assert_code(&left, 138);
     let line = "node 0 was started with --rdzv-id tuesday and node 1 with monday; it is of another run";
     assert!(text(&left.stderr).lines().any(|found| found.ends_with(line)), "{}", told(&left));
@@ -516,10 +521,19 @@ impl Changing {
 
     /// Kills the launcher of a node, as the last rank there has noted it.
     fn kill(&self, node: usize, child: Child) {
+        self.signal(node, Signal::KILL);
+        child.wait_with_output().expect("it ends");
+    }
+
+    fn signal(&self, node: usize, signal: Signal) {
         let pid = fs::read_to_string(self.folder.path(&format!("launcher.{node}"))).expect("written");
         let pid = Pid::from_raw(pid.trim().parse().expect("a number")).expect("a pid");
-        kill_process(pid, Signal::KILL).expect("it runs");
-        child.wait_with_output().expect("it ends");
+        kill_process(pid, signal).expect("it runs");
+    }
+
+    fn notes(&self) -> Vec<String> {
+        let notes = fs::read_to_string(self.folder.path("notes")).unwrap_or_default();
+        notes.lines().map(str::to_owned).collect()
     }
 
     /// Waits until the generations so far have noted so many ranks. Returns those of the last one as
@@ -556,6 +570,34 @@ fn under_a_plain_program_machines_come_and_go_and_all_ranks_start_again_on_those
     ] {
         assert!(said.contains(line), "{line}: {said}");
     }
+}
+
+#[test]
+fn a_machine_that_is_told_to_stop_leaves_the_others_to_start_again_without_it() {
+    const MORE: [&str; 4] = ["--max-restarts", "1", "--rdzv-conf", "last_call_timeout=0.5"];
+    // A rank takes SIGTERM for the end of its work.
+    let then = "trap 'exit 0' TERM\nuntil [ $WORLD_SIZE = 2 ] && [ -e $SEEN ]; do sleep 0.05; done";
+    let job = Changing::new("2:3", &MORE, then);
+    let all = [0, 1, 2].map(|node| job.start(node));
+    // Whichever comes after the last call has all start again.
+    let deadline = Instant::now() + LIMIT;
+    while job.notes().iter().filter(|note| note.split(' ').nth(3) == Some("3")).count() < 3 {
+        assert!(Instant::now() < deadline, "{:?}", job.notes());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    job.folder.write("seen", "");
+    job.signal(1, Signal::TERM);
+    let codes = all.map(|child| child.wait_with_output().expect("it ends"));
+    for (output, code) in codes.iter().zip([0, 143, 0]) {
+        assert_code(output, code);
+    }
+    let said = text(&codes[0].stderr);
+    assert!(
+        said.contains("the launcher of node 1 was lost: it was told to stop; the job starts again"),
+        "{said}"
+    );
+    let last = job.notes().pop().expect("there are notes");
+    assert!(last.contains(" 2 1 "), "two ranks, after one restart: {last}");
 }
 
 #[test]

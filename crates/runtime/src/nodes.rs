@@ -364,7 +364,12 @@ impl Seats {
         self.called = !has_come && !has_gone;
         (self.came, self.complete) = (None, None);
         for (&node, seat) in &mut self.seats {
-            seat.presence = if is_connected(node) { Presence::Attending } else { Presence::Lost };
+            seat.presence = match seat.presence {
+                _ if is_connected(node) => Presence::Attending,
+                // It has its certificate, and is on its way.
+                Presence::Promised(until) => Presence::Promised(until),
+                _ => Presence::Lost,
+            };
         }
     }
 
@@ -541,6 +546,11 @@ impl Seats {
             self.present = std::iter::once(0).chain(attending.map(|(&node, _)| node)).collect();
         }
         self.started
+    }
+
+    /// Whether the others are to start again without this node when it leaves: it is at work, and they may be fewer.
+    pub(crate) fn is_missed(&self, node: u32) -> bool {
+        self.started && self.terms.least_nodes < self.terms.layout.nodes && self.at_work().contains(&node)
     }
 
     /// The nodes other than 0 whose ranks have not ended.
@@ -1144,6 +1154,20 @@ mod tests {
         assert!(seats.is_late(2), "it has come again");
         seats.begin_again(&generation(3, 9), |_| true);
         assert_eq!(seats.last_call_ends(later), Some(later), "a rank has failed, and no node");
+    }
+
+    #[test]
+    fn a_launcher_that_has_its_certificate_when_the_job_starts_again_may_still_come() {
+        let now = Instant::now();
+        let mut seats = few(&[1], now);
+        seats.end_last_call();
+        assert!(!seats.start(now));
+        seats.heard(1, now + BEAT);
+        assert!(seats.start(now + BEAT));
+        let late = Claim { least_nodes: 1, ..claim(2, 2) };
+        assert_eq!(seats.admit(&late, remote(), now + BEAT), Verdict::Admitted);
+        seats.begin_again(&generation(1, 7), |node| node == 1);
+        come(&mut seats, 2, 2, now + 2 * BEAT);
     }
 
     #[test]

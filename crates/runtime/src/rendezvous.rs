@@ -808,6 +808,10 @@ async fn follow_launcher(
             }
             Some(Report::Left) => {
                 let mut state = shared.lock();
+                if state.seats.is_missed(node) {
+                    // Its ranks may have taken the signal for the end of their work, but the job's is not done.
+                    shared.lost(&mut state, node, "it was told to stop");
+                }
                 state.seats.ended(node);
                 // It is not counted on when the job starts again.
                 state.orders.remove(&node);

@@ -450,7 +450,7 @@ impl NcclGroup {
                 Ok(())
             }
             Err(Failure::Nccl(nccl::Error::Usage { reason, .. })) => {
-                self.recorder.withdraw(ticket);
+                self.recorder.withdraw(operation, ticket);
                 Err(Error::Usage { operation: operation.name(), reason })
             }
             Err(Failure::Earlier(error)) => Err(error),

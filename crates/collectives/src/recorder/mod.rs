@@ -215,16 +215,26 @@ impl Recorder {
     }
 
     /// Takes back the last call, which was refused and has no effect.
-    pub(crate) fn withdraw(&self, ticket: Ticket) {
+    pub(crate) fn withdraw(&mut self, operation: Operation, ticket: Ticket) {
         self.group.ring.withdraw(ticket);
+        if let Kind::Message { from, to } = operation.kind {
+            let count = self.messages_with(from, to);
+            *count = count.wrapping_sub(1);
+        }
     }
 
     fn count_message(&mut self, from: usize, to: usize) -> u32 {
+        let count = self.messages_with(from, to);
+        *count = count.wrapping_add(1);
+        *count
+    }
+
+    /// How many there were so far.
+    fn messages_with(&mut self, from: usize, to: usize) -> &mut u32 {
         self.messages.resize(self.group.members.len(), [0; 2]);
         let sends = usize::from(from == self.group.rank);
         let peer = if sends == 1 { to } else { from };
-        self.messages[peer][sends] = self.messages[peer][sends].wrapping_add(1);
-        self.messages[peer][sends]
+        &mut self.messages[peer][sends]
     }
 
     /// Forgets all calls.

@@ -564,7 +564,10 @@ impl Worker {
                 self.current == Some(before)
             }
             (Standing::Behind, Transfer::State { .. }) => true,
-            (Standing::Outside, Transfer::State { .. }) => self.current != Some(state),
+            // Of two sources the slower one has the older state.
+            (Standing::Outside, Transfer::State { .. }) => {
+                self.current != Some(state) && state.applied >= self.stable
+            }
             _ => false,
         };
         let target = self.decision.as_ref().map(|decision| decision.resolution.state());

@@ -153,3 +153,16 @@ fn whoever_asks_between_two_views_is_answered_in_the_next_one() {
     let soon = WorkerAction::Peer { to: NEWCOMER, message: PeerMessage::Soon };
     assert!(actions.contains(&soon), "{actions:?}");
 }
+
+#[test]
+fn a_newcomer_keeps_a_newer_state_when_a_slower_source_sends_an_older_one() {
+    let (mut worker, asked) = newcomer();
+    let state = |step| Progress { applied: Step(step), lineage: step };
+    let send = |worker: &mut Worker, from, step| {
+        worker.handle(MS, WorkerEvent::Received { from, transfer: Transfer::State { state: state(step) } });
+        worker.progress()
+    };
+    assert_eq!(send(&mut worker, asked, 6), Some(state(6)));
+    assert_eq!(send(&mut worker, Incarnation(3), 5), Some(state(6)));
+    assert_eq!(send(&mut worker, Incarnation(3), 7), Some(state(7)));
+}
