@@ -113,6 +113,7 @@ impl Launch<'_> {
         };
         let restarts_left = generation.restarts_left();
         self.pulse.starts(&generation);
+        // Those of a launcher that was killed, and whose place this one has.
         traces::set_aside(args, generation.number, std::env::var_os("PACELINE_FLIGHT_RECORDER"));
         let elastic = Elastic::open(self.args, restarts_left, self.rendezvous)?;
         let alone = if args.pod.replaced_alone { restarts_left } else { 0 };
@@ -153,6 +154,9 @@ impl Launch<'_> {
         let outcome = match then {
             Then::End => Outcome::Ended,
             Then::Again => {
+                // The ranks here may have other numbers in the next one.
+                let following = generation.number.saturating_add(1);
+                traces::set_aside(args, following, std::env::var_os("PACELINE_FLIGHT_RECORDER"));
                 let next = self.rendezvous.generation();
                 match next.changes > generation.changes {
                     true => Outcome::Changes { nodes: next.nodes.len() },

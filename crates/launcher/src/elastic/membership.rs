@@ -25,6 +25,9 @@ use crate::rendezvous::Status;
 /// result: they are at the same step, or take what leads there over.
 const COMPLETION_LIMIT: Duration = Duration::from_secs(10);
 
+/// How long it is waited at most, whatever moves: it may be a worker that is started and lost again and again.
+const COMPLETION_CEILING: Duration = Duration::from_secs(600);
+
 /// How long an idle thread sleeps.
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 
@@ -373,7 +376,8 @@ impl Membership {
             self.announce(Word::Finished);
         }
         let since = self.completed.map(|at| self.moved.map_or(at, |moved| at.max(moved)));
-        let overdue = since.is_some_and(|at| at.elapsed() >= COMPLETION_LIMIT);
+        let overdue = since.is_some_and(|at| at.elapsed() >= COMPLETION_LIMIT)
+            || self.completed.is_some_and(|at| at.elapsed() >= COMPLETION_CEILING);
         if overdue || here && self.are_others_finished() {
             self.released = true;
             self.tell_all(&ToChild::Finished);
