@@ -576,15 +576,12 @@ fn under_a_plain_program_machines_come_and_go_and_all_ranks_start_again_on_those
 fn a_machine_that_is_told_to_stop_leaves_the_others_to_start_again_without_it() {
     const MORE: [&str; 4] = ["--max-restarts", "1", "--rdzv-conf", "last_call_timeout=0.5"];
     // A rank takes SIGTERM for the end of its work.
-    let then = "trap 'exit 0' TERM\nuntil [ $WORLD_SIZE = 2 ] && [ -e $SEEN ]; do sleep 0.05; done";
+    let then = "trap 'exit 0' TERM\necho $RANK >> $SEEN.by.$WORLD_SIZE\n\
+                until [ $WORLD_SIZE = 2 ] && [ -e $SEEN ]; do sleep 0.05; done";
     let job = Changing::new("2:3", &MORE, then);
     let all = [0, 1, 2].map(|node| job.start(node));
     // Whichever comes after the last call has all start again.
-    let deadline = Instant::now() + LIMIT;
-    while job.notes().iter().filter(|note| note.split(' ').nth(3) == Some("3")).count() < 3 {
-        assert!(Instant::now() < deadline, "{:?}", job.notes());
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    wait_for_lines(&job.folder.path("seen.by.3"), 3);
     job.folder.write("seen", "");
     job.signal(1, Signal::TERM);
     let codes = all.map(|child| child.wait_with_output().expect("it ends"));
