@@ -43,7 +43,7 @@ fn clippy(limit: Duration) -> Result<()> {
     // Not among all targets, because `cargo test` leaves it out.
     let more = ["hosts", "discovery", "dist", "side_by_side", "recovery"];
     let suites: Vec<&str> = more.into_iter().flat_map(|suite| ["--test", suite]).collect();
-    let needs_more = ["clippy", "--locked", "--package", "paceline"];
+    let needs_more = ["clippy", "--locked", "--workspace"];
     process::run(cargo(&[needs_more.as_slice(), suites.as_slice(), &deny].concat()), limit)?;
     for package in ["paceline-runtime", "paceline-examples"] {
         let with_tch = ["--package", package, "--features", "tch-doc-only"];

@@ -23,8 +23,7 @@ pub fn run() -> Result<()> {
 /// The test fails, or torch cannot be installed.
 pub fn tests(limit: Duration) -> Result<()> {
     let torch = torch::ensure()?;
-    let mut command =
-        cargo(&["test", "--locked", "--package", "paceline", "--test", "flight_recorder", "--"]);
+    let mut command = cargo(&["test", "--locked", "--workspace", "--test", "flight_recorder", "--"]);
     command.args(["--ignored", "analyser"]).env("VIRTUAL_ENV", torch.virtual_environment());
     process::run(command, limit)
 }

@@ -36,7 +36,7 @@ pub fn run() -> Result<()> {
 /// A test fails, or NCCL cannot be installed.
 pub fn tests(limit: Duration) -> Result<()> {
     let environment = environment::ensure(&RECIPE)?;
-    let mut command = cargo(&["test", "--locked", "--package", "paceline-nccl", "--test", "real", "--"]);
+    let mut command = cargo(&["test", "--locked", "--workspace", "--test", "real", "--"]);
     // It is there, so nothing may be skipped but what a driver forbids.
     command.arg("--include-ignored");
     if Path::new("/dev/nvidiactl").exists() {

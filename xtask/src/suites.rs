@@ -55,7 +55,7 @@ pub fn steps(report: &mut Report) -> Result<Total> {
         report.note(&name, suite.took, Budget::minutes(SUITE_MINUTES), suite.counts.failed == 0);
     }
     all?;
-    suites.repeat(report, &["--workspace"])?;
+    suites.repeat(report)?;
     mutant::steps(report)?;
     report.step("type-check with tch", Budget::minutes(3.0), |limit| {
         process::run(
@@ -68,7 +68,8 @@ pub fn steps(report: &mut Report) -> Result<Total> {
     Ok(Total { counts: suites.counts(), unsteady: suites.failed })
 }
 
-/// Runs the tests that need root.
+/// Runs the tests that need root. Of the whole workspace, as everywhere in CI: with the features of one package alone nearly
+/// everything would be compiled once more.
 ///
 /// # Errors
 /// A test fails. Where root or namespaces are missing all are skipped, which is said and is no error.
@@ -85,7 +86,7 @@ pub fn run_root() -> Result<()> {
 /// # Errors
 /// See [`run_root`].
 pub fn root_steps(report: &mut Report) -> Result<Total> {
-    let test = ["test", "--locked", "--package", "paceline", "--test", "hosts", "--test", "discovery"];
+    let test = ["test", "--locked", "--workspace", "--test", "hosts", "--test", "discovery"];
     report.step("tests that need root: compile", Budget::minutes(4.0), |limit| {
         process::run(cargo(&[test.as_slice(), &["--no-run"]].concat()), limit)
     })?;
@@ -101,7 +102,7 @@ pub fn root_steps(report: &mut Report) -> Result<Total> {
         report.note(&name, suite.took, Budget::minutes(ROOT_MINUTES), suite.counts.failed == 0);
     }
     all?;
-    suites.repeat(report, &["--package", "paceline"])?;
+    suites.repeat(report)?;
     if suites.counts().all() == 0 {
         bail!("no test ran, and none was skipped");
     }
@@ -221,11 +222,11 @@ impl Suites {
     ///
     /// # Errors
     /// One of them has failed again.
-    fn repeat(&mut self, report: &mut Report, packages: &[&str]) -> Result<()> {
+    fn repeat(&mut self, report: &mut Report) -> Result<()> {
         for Failed { target, tests } in &self.failed {
             let name = format!("  {target}, run once more after {}", tests.join(", "));
             let target: Vec<&str> = target.split(' ').collect();
-            let arguments = [&["test", "--locked"], packages, &target].concat();
+            let arguments = [&["test", "--locked", "--workspace"], &target[..]].concat();
             report.step(&name, Budget::minutes(SUITE_MINUTES), |limit| {
                 process::run(cargo(&arguments), limit)
             })?;

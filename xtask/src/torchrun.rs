@@ -70,7 +70,7 @@ pub fn tests(limit: Duration) -> Result<()> {
     let torchrun = Torchrun::ensure()?;
     // Three interpreters with PyTorch at a time are enough.
     for suite in [&["side_by_side"][..], &["recovery", "--", "--test-threads", "1"]] {
-        let mut command = cargo(&[&["test", "--locked", "--package", "paceline", "--test"], suite].concat());
+        let mut command = cargo(&[&["test", "--locked", "--workspace", "--test"], suite].concat());
         command.envs(torchrun.environment());
         process::run(command, limit)?;
     }
@@ -85,7 +85,7 @@ const MINUTES_PER_KILL: [f64; 2] = [0.5, 2.5];
 /// measured is the programs' start, beside which the launcher's own part is milliseconds.
 fn kill(ours: u32, theirs: u32) -> Result<()> {
     let torchrun = Torchrun::ensure()?;
-    let suite = ["test", "--locked", "--package", "paceline", "--test", "recovery", "--", "--ignored"];
+    let suite = ["test", "--locked", "--workspace", "--test", "recovery", "--", "--ignored"];
     let mut command = cargo(&[&suite[..], &["--nocapture", "--test-threads", "1"]].concat());
     command.envs(torchrun.environment());
     command.env("PACELINE_TEST_KILLS", ours.to_string());
