@@ -42,8 +42,7 @@ fn main() -> Result<()> {
         let targets = (&inputs * &inputs).sum_dim_intlist(1, true, Kind::Float).sqrt();
         let loss = model.forward(&inputs).mse_loss(&targets, tch::Reduction::Mean);
         optimizer.zero_grad();
-        loss.backward();
-        parallel.average_gradients(&mut group, &device)?;
+        parallel.backward(&mut group, &device, &loss)?;
         optimizer.step();
         losses.push(loss.double_value(&[]));
     }

@@ -1,4 +1,4 @@
-//! The real NCCL for the tests that need no GPU: NVIDIA's wheel, in an environment of its own.
+//! The real NCCL and CUDA's assembler, for the tests that need no GPU: NVIDIA's wheels, in an environment of their own.
 
 use crate::environment::{self, Recipe};
 use crate::process::{self, cargo};
@@ -8,12 +8,16 @@ use std::path::Path;
 use std::time::Duration;
 
 const RECIPE: Recipe = Recipe {
-    what: "NCCL",
-    name: "nccl-2.28.9",
-    // The one that torch 2.11.0 asks for, so the one that most processes with torch have.
-    packages: &["nvidia-nccl-cu13==2.28.9"],
-    cost: "a download of 0.2 GB, usually less than a minute",
-    needed_bytes: 700_000_000,
+    what: "NCCL and ptxas",
+    name: "nccl-2.28.9-ptxas-12.8.93",
+    packages: &[
+        // The one that torch 2.11.0 asks for, so the one that most processes with torch have.
+        "nvidia-nccl-cu13==2.28.9",
+        // Of CUDA 12, which knows GPUs from Volta on; that of CUDA 13 has dropped it.
+        "nvidia-cuda-nvcc-cu12==12.8.93",
+    ],
+    cost: "a download of 0.25 GB, usually less than a minute",
+    needed_bytes: 900_000_000,
     is_whole,
     // The tests load it, and say more than a trial here could.
     must_work: |_| Ok(()),
@@ -36,7 +40,7 @@ pub fn run() -> Result<()> {
 /// A test fails, or NCCL cannot be installed.
 pub fn tests(limit: Duration) -> Result<()> {
     let environment = environment::ensure(&RECIPE)?;
-    let mut command = cargo(&["test", "--locked", "--workspace", "--test", "real", "--"]);
+    let mut command = cargo(&["test", "--locked", "--workspace", "--test", "real", "--test", "ptx", "--"]);
     // It is there, so nothing may be skipped but what a driver forbids.
     command.arg("--include-ignored");
     if Path::new("/dev/nvidiactl").exists() {
@@ -49,5 +53,8 @@ pub fn tests(limit: Duration) -> Result<()> {
 fn is_whole(environment: &Path) -> bool {
     let packages = environment::site_packages(environment);
     let file = |packages: &Path, name: &str| packages.join("nvidia/nccl").join(name).is_file();
-    packages.is_some_and(|packages| file(&packages, "lib/libnccl.so.2") && file(&packages, "include/nccl.h"))
+    packages.is_some_and(|packages| {
+        let ptxas = packages.join("nvidia/cuda_nvcc/bin/ptxas");
+        file(&packages, "lib/libnccl.so.2") && file(&packages, "include/nccl.h") && ptxas.is_file()
+    })
 }

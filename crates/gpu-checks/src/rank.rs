@@ -29,15 +29,22 @@ pub struct Scale {
     pub timed_len: usize,
     /// Calls that are timed.
     pub calls: u32,
-    /// Elements of the buffer whose copies keep the device busy, and how many of these there are.
-    pub busy: (usize, usize),
-    /// Tries until a missing wait shows.
+    /// For how long streams are held, so that what does not wait for them is too early: longer than the host needs to enqueue
+    /// a call, also when it does not run for a while.
+    pub held: Duration,
+    /// How often a wait is left out.
     pub tries: u32,
 }
 
-const FULL: Scale =
-    Scale { lens: &[1, 1021, 1_000_003], timed_len: 64 << 20, calls: 2000, busy: (64 << 20, 40), tries: 50 };
-const SMOKE: Scale = Scale { lens: &[1, 300], timed_len: 300_000, calls: 20, busy: (64, 30), tries: 40 };
+const FULL: Scale = Scale {
+    lens: &[1, 1021, 1_000_003],
+    timed_len: 64 << 20,
+    calls: 2000,
+    held: Duration::from_millis(50),
+    tries: 5,
+};
+const SMOKE: Scale =
+    Scale { lens: &[1, 300], timed_len: 300_000, calls: 20, held: Duration::from_millis(30), tries: 4 };
 
 /// Plays a part.
 ///

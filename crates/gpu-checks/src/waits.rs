@@ -1,11 +1,15 @@
 //! The negative controls: with each wait left out, some result must be wrong, or the check that passes with it shows
 //! nothing. The wait is left out in the device and not in what is checked, which is production code.
 //!
+//! Little is left to chance: a kernel holds the caller's stream before it makes the input, other streams after they have
+//! waited, and copies up, for longer than the host needs to enqueue the rest. So whatever does not wait comes too early.
+//!
 //! What the host waits for (copies down, and buffers on their way up) is not here: a driver's copy cannot be looked at
 //! without waiting for it. The tests on the software device leave those out.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use paceline_collectives::device::{
@@ -20,24 +24,32 @@ use crate::rank::Scale;
 /// Elements of what is summed.
 const LEN: usize = 50_000;
 
-/// A device that leaves out one of every so many waits of streams.
+/// A device that leaves out one of every so many waits of streams, and holds a stream after each other one and before each
+/// copy up.
 struct Forgetful {
     device: Box<dyn Device>,
+    accelerator: Accelerator,
     waits: Arc<AtomicUsize>,
+    held: Duration,
     /// The number of waits of a call, and which of them is left out.
     forgotten: (usize, Option<usize>),
 }
 
 impl Device for Forgetful {
     fn share(&self) -> Box<dyn Device> {
-        let (device, waits) = (self.device.share(), self.waits.clone());
-        Box::new(Self { device, waits, forgotten: self.forgotten })
+        let Self { accelerator, waits, held, forgotten, .. } = self;
+        let (accelerator, waits) = (accelerator.clone(), waits.clone());
+        Box::new(Self { device: self.device.share(), accelerator, waits, held: *held, forgotten: *forgotten })
     }
 
     fn wait(&self, stream: Stream, event: Event) -> Result<(), DeviceError> {
         let (of, forgotten) = self.forgotten;
         let number = self.waits.fetch_add(1, Ordering::Relaxed) % of;
-        if Some(number) == forgotten { Ok(()) } else { self.device.wait(stream, event) }
+        if Some(number) == forgotten {
+            return Ok(());
+        }
+        self.device.wait(stream, event)?;
+        self.accelerator.hold(stream, self.held)
     }
 
     fn new_stream(&self) -> Result<Stream, DeviceError> {
@@ -75,58 +87,72 @@ impl Device for Forgetful {
         spans: Vec<CopySpan>,
         stream: Stream,
     ) -> Result<Box<dyn Transfer>, DeviceError> {
+        self.accelerator.hold(stream, self.held)?;
         self.device.copy_to_device(buffer, spans, stream)
     }
 }
 
-type Call = fn(&mut DeviceGroup, DeviceBuffer, DeviceBuffer, Stream) -> Result<(), Error>;
+/// A collective of which each rank has the same result, and makes it in `output` or in `input`.
+#[derive(Clone, Copy)]
+enum Call {
+    AllReduce,
+    /// Of rank 0.
+    Broadcast,
+}
 
-/// Two of the fallback's three: for its input, and the caller's for the result. The third, of what goes up for what the
-/// caller has, shows only on a rank that gives nothing to a collective; the tests on the software device leave it out.
+/// A wait: its number among those of a call, what it is for, and a collective that needs it.
+type Wait = (usize, &'static str, Call);
+
+/// The three of streams: the copies down wait for what the caller has before, the copies up for the same, and the caller for
+/// the copies up. The second shows on a rank that gives nothing to a collective.
 ///
 /// # Errors
 /// Something is wrong with all waits, or nothing is without one.
 pub fn of_fallback(scale: Scale) -> Result<()> {
-    let reduce: Call = |group, input, output, stream| group.all_reduce(input, output, ReduceOp::Sum, stream);
-    all(Wanted::Fallback, &[(0, "input", reduce), (2, "result", reduce)], 3, scale)
+    let waits =
+        [(0, "input", Call::AllReduce), (1, "output", Call::Broadcast), (2, "result", Call::AllReduce)];
+    all(Wanted::Fallback, &waits, scale)
 }
 
-/// The two of a group on NCCL: for its input, and the caller's for the result.
+/// The two of a group on NCCL: its own stream waits for the caller's, and the caller's for that.
 ///
 /// # Errors
 /// Something is wrong with all waits, or nothing is without one.
 pub fn of_nccl(scale: Scale) -> Result<()> {
-    let reduce: Call = |group, input, output, stream| group.all_reduce(input, output, ReduceOp::Sum, stream);
-    all(Wanted::Nccl, &[(0, "input", reduce), (1, "result", reduce)], 2, scale)
+    all(Wanted::Nccl, &[(0, "input", Call::AllReduce), (1, "result", Call::AllReduce)], scale)
 }
 
-fn all(wanted: Wanted, waits: &[(usize, &str, Call)], of: usize, scale: Scale) -> Result<()> {
+fn all(wanted: Wanted, waits: &[Wait], scale: Scale) -> Result<()> {
     let mut world = World::join()?;
     let accelerator = world.accelerator();
     let mut notes = Vec::new();
     for &(number, name, call) in waits {
         for forgotten in [None, Some(number)] {
             let communicator = world.communicator().split(Some(0), 0)?.expect("a color was given");
-            let mut control = Control::new(&accelerator, communicator, wanted, (of, forgotten), scale)?;
-            let mut wrong = 0;
+            let forgotten = (waits.len(), forgotten);
+            let mut control = Control::new(&accelerator, communicator, wanted, forgotten, scale)?;
+            let mut wrong = [0u64];
             for turn in 0..scale.tries {
-                wrong += u32::from(!control.is_right(turn, call)?);
-                if forgotten.is_some() && wrong > 0 {
-                    break;
-                }
+                wrong[0] += u64::from(!control.is_right(turn, call)?);
             }
             control.group.leave()?;
-            match forgotten {
-                None => ensure!(wrong == 0, "{wrong} of {} results are wrong with all waits", scale.tries),
-                Some(_) => ensure!(wrong > 0, "no result is wrong without the wait for the {name}"),
+            // Where a rank has nothing to wait for, its results are right in any case.
+            world.communicator().all_reduce(&mut wrong, ReduceOp::Sum)?;
+            match forgotten.1 {
+                None => {
+                    ensure!(wrong[0] == 0, "{} of {} results are wrong with all waits", wrong[0], scale.tries)
+                }
+                Some(_) => ensure!(wrong[0] > 0, "no result is wrong without the wait for the {name}"),
             }
         }
         notes.push(name);
     }
-    println!(
-        "note: without the wait for the {} a result is wrong, with all none",
-        notes.join(" or for the ")
-    );
+    if world.rank() == 0 {
+        println!(
+            "note: without the wait for the {} a result is wrong, with all none",
+            notes.join(" or for the ")
+        );
+    }
     Ok(world.leave()?)
 }
 
@@ -135,8 +161,7 @@ struct Control<'a> {
     accelerator: &'a Accelerator,
     group: DeviceGroup,
     stream: Stream,
-    scale: Scale,
-    busy: [DeviceMemory; 2],
+    held: Duration,
     prepared: DeviceMemory,
     input: DeviceMemory,
     output: DeviceMemory,
@@ -152,18 +177,18 @@ impl<'a> Control<'a> {
         scale: Scale,
     ) -> Result<Self> {
         let Seat { device, gpu } = accelerator.seat()?;
-        let device: Box<dyn Device> = Box::new(Forgetful { device, waits: Arc::default(), forgotten });
+        let (waits, held) = (Arc::default(), scale.held);
+        let forgetful = Forgetful { device, accelerator: accelerator.clone(), waits, held, forgotten };
+        let device: Box<dyn Device> = Box::new(forgetful);
         let mut setup = env::device_setup(env::process)?;
         setup.wanted = wanted;
         let group = DeviceGroup::form(communicator, Seat { device, gpu }, &setup)?;
         let alloc = || accelerator.alloc(LEN, DType::I32);
-        let busy = || accelerator.alloc(scale.busy.0, DType::I32);
         Ok(Self {
             accelerator,
             group,
             stream: accelerator.new_stream()?,
-            scale,
-            busy: [busy()?, busy()?],
+            held: scale.held,
             prepared: alloc()?,
             input: alloc()?,
             output: alloc()?,
@@ -171,23 +196,40 @@ impl<'a> Control<'a> {
         })
     }
 
-    /// The caller's stream is busy, then makes the input; after the call it keeps the result.
+    /// The caller's stream is held, then makes the input; after the call it keeps the result.
     fn is_right(&mut self, turn: u32, call: Call) -> Result<bool> {
-        let numbers = vec![turn as i32 + 1; LEN];
-        self.prepared.write(bytemuck::cast_slice(&numbers))?;
-        let [from, to] = &mut self.busy;
-        for _ in 0..self.scale.busy.1 {
-            to.copy_from(from, self.stream)?;
-        }
+        let (rank, ranks) = (self.group.rank() as i32, self.group.world_size() as i32);
+        let own = turn as i32 * ranks + rank + 1;
+        let expected = match call {
+            Call::AllReduce => turn as i32 * ranks * ranks + ranks * (ranks + 1) / 2,
+            Call::Broadcast => own - rank,
+        };
+        let hold = match (call, rank) {
+            (Call::AllReduce, _) => self.held,
+            (Call::Broadcast, 0) => Duration::ZERO,
+            // Longer than the root's copies down and this rank's up, which the device holds.
+            (Call::Broadcast, _) => 6 * self.held,
+        };
+        self.prepared.write(bytemuck::cast_slice(&vec![own; LEN]))?;
+        self.accelerator.hold(self.stream, hold)?;
         self.input.copy_from(&self.prepared, self.stream)?;
         // SAFETY: both are kept until the stream is synchronized; where a call fails before, freeing them waits for the
         // GPU, and calls on the host's memory have run when they return.
         let (input, output) = unsafe { (self.input.buffer(0..LEN), self.output.buffer(0..LEN)) };
-        call(&mut self.group, input, output, self.stream)?;
-        self.kept.copy_from(&self.output, self.stream)?;
+        let result = match call {
+            Call::AllReduce => {
+                self.group.all_reduce(input, output, ReduceOp::Sum, self.stream)?;
+                &self.output
+            }
+            Call::Broadcast => {
+                self.group.broadcast(input, 0, self.stream)?;
+                &self.input
+            }
+        };
+        self.kept.copy_from(result, self.stream)?;
         self.accelerator.synchronize(self.stream)?;
         let mut found = vec![0i32; LEN];
         self.kept.read(bytemuck::cast_slice_mut(&mut found))?;
-        Ok(found == numbers)
+        Ok(found.iter().all(|&element| element == expected))
     }
 }

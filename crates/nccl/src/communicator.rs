@@ -6,14 +6,17 @@
 //! channel and wait for the answer with a deadline. An owner that does not answer is given up with what it holds; when it
 //! comes back after all it finds the channel closed and cleans up.
 //!
+//! To wake a thread takes tens of microseconds, much longer than NCCL takes to enqueue an operation. So where there are
+//! processors to spare ([`awake`]) the owner stays awake for a moment after a job, and so does who waits for an answer.
+//!
 //! All communicators are non-blocking: what takes long goes on in NCCL's background, and the owner asks for its state,
 //! at most every [`LONGEST_PAUSE`], until it is complete, the deadline is over or somebody aborts.
 
 use std::ffi::{CString, c_int};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
@@ -28,6 +31,12 @@ const FIRST_PAUSE: Duration = Duration::from_micros(20);
 
 /// Between later looks; they double up to this. An abort interrupts a pause.
 const LONGEST_PAUSE: Duration = Duration::from_millis(1);
+
+/// How long a thread stays awake for what usually comes soon: the next call of a training step, and an answer.
+const AWAKE: Duration = Duration::from_micros(50);
+
+/// With fewer processors than this for the process, the thread that one waits for may be waiting for this one's.
+const ENOUGH_CPUS: usize = 4;
 
 /// How much longer than the owner a caller waits. The owner's own error says more than that it did not answer; it needs
 /// this much to be told, also on a machine that is busy.
@@ -481,7 +490,7 @@ impl OwnerLink {
         let mut owner = Owner { library: Arc::clone(library), shared: Arc::clone(&shared), handle: None };
         let thread = thread::Builder::new().name("paceline-nccl".to_owned());
         let thread = thread.spawn(move || {
-            for job in queue {
+            while let Some(job) = next(&queue, awake()) {
                 job(&mut owner);
             }
             // Nobody can ask any more. It may hang: then it is this thread alone.
@@ -562,6 +571,9 @@ struct Answer<T> {
 
 impl<T> Answer<T> {
     fn wait(self) -> Result<T, Error> {
+        if let Some(outcome) = soon(&self.told, awake()).ok().flatten() {
+            return outcome;
+        }
         let patience = self.deadline.remaining().saturating_add(GRACE);
         match self.told.recv_timeout(patience) {
             Ok(outcome) => outcome,
@@ -574,6 +586,39 @@ impl<T> Answer<T> {
             Err(RecvTimeoutError::Disconnected) => {
                 Err(Error::Ended { reason: format!("its thread ended in {}", self.function) })
             }
+        }
+    }
+}
+
+/// How long threads stay awake in this process.
+fn awake() -> Duration {
+    static AWAKE_HERE: LazyLock<Duration> = LazyLock::new(|| {
+        let cpus = thread::available_parallelism().map_or(1, usize::from);
+        if cpus >= ENOUGH_CPUS { AWAKE } else { Duration::ZERO }
+    });
+    *AWAKE_HERE
+}
+
+/// The next job; `None` when nobody can send one any more.
+fn next(queue: &Receiver<Job>, awake: Duration) -> Option<Job> {
+    match soon(queue, awake) {
+        Ok(Some(job)) => Some(job),
+        Ok(None) => queue.recv().ok(),
+        Err(_) => None,
+    }
+}
+
+/// What comes while the thread stays awake.
+fn soon<T>(from: &Receiver<T>, awake: Duration) -> Result<Option<T>, TryRecvError> {
+    if awake.is_zero() {
+        return Ok(None);
+    }
+    let start = Instant::now();
+    loop {
+        match from.try_recv() {
+            Err(TryRecvError::Empty) if start.elapsed() < awake => std::hint::spin_loop(),
+            Err(TryRecvError::Empty) => return Ok(None),
+            other => return other.map(Some),
         }
     }
 }
@@ -620,5 +665,30 @@ impl Owner {
 
     fn abort(&mut self) -> Result<(), Error> {
         self.handle.take().map_or(Ok(()), |handle| self.library.abort(handle))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_comes_is_received_awake_or_not_and_an_end_is_noticed() {
+        for awake in [Duration::ZERO, AWAKE] {
+            let (sender, queue) = mpsc::channel::<Job>();
+            let (tell, told) = mpsc::channel();
+            let owner = thread::spawn(move || std::iter::from_fn(|| next(&queue, awake)).count());
+            for number in 0..3 {
+                let tell = tell.clone();
+                sender
+                    .send(Box::new(move |_| tell.send(number).expect("it is awaited")))
+                    .expect("it listens");
+                // Long enough for it to fall asleep, once.
+                thread::sleep(if number == 1 { 10 * AWAKE } else { Duration::ZERO });
+            }
+            drop((sender, tell));
+            assert_eq!(owner.join().expect("it does not panic"), 3);
+            assert_eq!(soon::<i32>(&told, AWAKE), Err(TryRecvError::Disconnected), "nobody has run the jobs");
+        }
     }
 }

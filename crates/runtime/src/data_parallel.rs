@@ -170,6 +170,12 @@ impl<T: Element> DataParallel<T> {
         self.start_complete_buckets(communicator)
     }
 
+    /// Whether this parameter's gradient has been given in this step.
+    #[cfg(feature = "tch")]
+    pub(crate) fn was_given(&self, parameter: usize) -> bool {
+        self.ready[parameter]
+    }
+
     /// Waits for the all-reduces of this step and hands out each parameter's mean gradient.
     ///
     /// # Errors

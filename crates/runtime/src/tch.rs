@@ -2,7 +2,8 @@
 //!
 //! [`TchDataParallel`] is [`DataParallel`] for tensors: it knows where the parameters and gradients are, and nothing else
 //! about the model. Between `loss.backward()` and `optimizer.step()` it replaces every gradient by its mean over the
-//! ranks. tch has no hooks in the backward pass, so nothing overlaps with it yet.
+//! ranks; its own [`backward`](TchDataParallel::backward) does so while the pass goes on, with hooks that tch has not
+//! (`hooks.cpp`).
 //!
 //! [`TchDeviceParallel`] is the same for models on a GPU. [`TchDataParallel`] refuses, before anything is sent, tensors on
 //! one, kinds other than f32 and f64, and sparse gradients.
@@ -12,6 +13,7 @@
 
 mod cuda;
 mod device;
+mod hooks;
 
 use paceline_collectives::{Communicator, Element};
 use tch::nn::VarStore;
@@ -22,6 +24,7 @@ pub use device::{TchDevice, TchDeviceParallel};
 use crate::Error;
 use crate::data_parallel::{Config, DataParallel};
 use crate::digest::Digest;
+use hooks::GradientHooks;
 
 /// Keeps the replicas of one model equal on all ranks (PyTorch: `DistributedDataParallel`).
 ///
@@ -43,8 +46,7 @@ use crate::digest::Digest;
 /// let (images, labels) = (Tensor::rand([32, 64], (Kind::Float, Device::Cpu)), Tensor::zeros([32], (Kind::Int64, Device::Cpu)));
 /// let loss = model.forward(&images).cross_entropy_for_logits(&labels);
 /// optimizer.zero_grad();
-/// loss.backward();
-/// parallel.average_gradients(world.communicator())?;
+/// parallel.backward(world.communicator(), &loss)?;
 /// optimizer.step();
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -119,6 +121,28 @@ impl TchDataParallel {
         self.doubles.average_gradients(communicator)
     }
 
+    /// Computes the gradients of `loss`, and replaces every one by its mean over the ranks: `loss.backward()` and
+    /// [`average_gradients`](Self::average_gradients) in one, with the same bits, in which the all-reduce of a bucket starts
+    /// as soon as the pass has its gradients and runs while it computes those of earlier layers (Li et al., *PyTorch
+    /// Distributed*, VLDB 2020, §3.2). Of a model with parameters of both kinds that holds for those of f32.
+    ///
+    /// All ranks call it once per step, or all call the other two. Gradients are added to those that are there, as by any
+    /// pass, so shares of a batch can go through `loss.backward()` first and the last one through this. Blocks.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when libtorch cannot run the pass, and for a gradient that is sparse or of another kind than its
+    /// parameter; else the all-reduce's. Some gradients may be on their way already, so this replica can then do no further
+    /// step, and the other ranks wait for it until they time out or it ends.
+    pub fn backward(&mut self, communicator: &mut Communicator, loss: &Tensor) -> Result<(), Error> {
+        // Of two kinds one goes after the other, as the order of collectives must be that of all ranks.
+        if self.floats.parameters.is_empty() {
+            return self.doubles.backward(communicator, loss);
+        }
+        self.floats.backward(communicator, loss)?;
+        self.doubles.check_gradients()?;
+        self.doubles.average_gradients(communicator)
+    }
+
     /// The digest of the parameters, in the order given at the start: equal on two ranks if their replicas are. Needs as
     /// much memory again as the parameters.
     ///
@@ -137,6 +161,8 @@ struct Group<T> {
     /// Room for one gradient on its way between libtorch and the buckets.
     host: Vec<T>,
     parallel: DataParallel<T>,
+    /// Made by the first pass that needs them.
+    hooks: Option<GradientHooks>,
 }
 
 impl<T: Element + tch::kind::Element> Group<T> {
@@ -146,7 +172,7 @@ impl<T: Element + tch::kind::Element> Group<T> {
         let parameters: Vec<Tensor> = of_this_kind.map(Tensor::shallow_clone).collect();
         let lens: Vec<usize> = parameters.iter().map(Tensor::numel).collect();
         let host = vec![T::default(); lens.iter().copied().max().unwrap_or(0)];
-        Ok(Self { parameters, host, parallel: DataParallel::new(&lens, config)? })
+        Ok(Self { parameters, host, parallel: DataParallel::new(&lens, config)?, hooks: None })
     }
 
     fn broadcast_parameters(&mut self, communicator: &mut Communicator, root: usize) -> Result<(), Error> {
@@ -164,30 +190,71 @@ impl<T: Element + tch::kind::Element> Group<T> {
     }
 
     fn check_gradients(&self) -> Result<(), Error> {
-        for parameter in &self.parameters {
-            let gradient = parameter.f_grad().map_err(libtorch)?;
-            if !gradient.defined() {
-                continue;
-            }
-            let name = || format!("the gradient of a parameter of shape {:?}", parameter.size());
-            check_place(&gradient, name)?;
-            if gradient.is_sparse() || gradient.kind() != T::KIND {
-                return usage(format!("{} is sparse or not {:?}; make it dense", name(), T::KIND));
-            }
+        (0..self.parameters.len()).try_for_each(|number| self.check_gradient(number))
+    }
+
+    fn check_gradient(&self, number: usize) -> Result<(), Error> {
+        let parameter = &self.parameters[number];
+        let gradient = parameter.f_grad().map_err(libtorch)?;
+        if !gradient.defined() {
+            return Ok(());
+        }
+        let name = || format!("the gradient of a parameter of shape {:?}", parameter.size());
+        check_place(&gradient, name)?;
+        if gradient.is_sparse() || gradient.kind() != T::KIND {
+            return usage(format!("{} is sparse or not {:?}; make it dense", name(), T::KIND));
         }
         Ok(())
     }
 
     fn average_gradients(&mut self, communicator: &mut Communicator) -> Result<(), Error> {
-        // The last layer's gradients come first, in the order of the buckets.
-        for (number, parameter) in self.parameters.iter().enumerate().rev() {
-            let host = &mut self.host[..parameter.numel()];
-            match gradient_of(parameter)? {
-                Some(gradient) => gradient.f_copy_data(host, host.len()).map_err(libtorch)?,
-                None => host.fill(T::default()),
+        self.give_the_others(communicator)?;
+        self.finish()
+    }
+
+    /// Runs the backward pass, gives the gradients as it completes them, and has all averaged.
+    fn backward(&mut self, communicator: &mut Communicator, loss: &Tensor) -> Result<(), Error> {
+        let mut hooks = match self.hooks.take() {
+            Some(hooks) => hooks,
+            None => GradientHooks::new(&self.parameters)?,
+        };
+        let mut given = Ok(());
+        let mut ready = |number: usize| {
+            if given.is_ok() {
+                given = self.check_gradient(number).and_then(|()| self.give(communicator, number));
             }
-            self.parallel.gradient_ready(communicator, number, host)?;
+        };
+        let passed = hooks.during(&mut ready, || loss.f_backward());
+        self.hooks = Some(hooks);
+        passed.map_err(libtorch)?;
+        given?;
+        self.check_gradients()?;
+        self.average_gradients(communicator)
+    }
+
+    /// Gives one gradient to the buckets.
+    fn give(&mut self, communicator: &mut Communicator, number: usize) -> Result<(), Error> {
+        let parameter = &self.parameters[number];
+        let host = &mut self.host[..parameter.numel()];
+        match gradient_of(parameter)? {
+            Some(gradient) => gradient.f_copy_data(host, host.len()).map_err(libtorch)?,
+            None => host.fill(T::default()),
         }
+        self.parallel.gradient_ready(communicator, number, host)
+    }
+
+    /// Gives all that have not been given. The last layer's come first, in the order of the buckets.
+    fn give_the_others(&mut self, communicator: &mut Communicator) -> Result<(), Error> {
+        for number in (0..self.parameters.len()).rev() {
+            if !self.parallel.was_given(number) {
+                self.give(communicator, number)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for the means, and writes them where the gradients are.
+    fn finish(&mut self) -> Result<(), Error> {
         let mut written = Ok(());
         self.parallel.finish_step(|number, mean| {
             let gradient = gradient_of(&self.parameters[number]);
@@ -326,6 +393,51 @@ mod tests {
                 assert!(!frozen.grad().defined());
             }
         });
+    }
+
+    #[test]
+    fn averaging_during_the_backward_pass_gives_the_same_bits() {
+        let [first, second] = on_two_ranks(|rank, communicator| {
+            // Small buckets, so that there are many. Each rank has an order of its layers of its own, and rank 1 alone needs the last
+            // parameter.
+            let config = Config { first_bucket_bytes: 64, bucket_bytes: 128 };
+            tch::manual_seed(7 + rank as i64);
+            let layers = [(4, 8), (8, 8), (8, 8), (8, 1)];
+            let make = |(rows, columns)| Tensor::randn([rows, columns], ON_CPU).set_requires_grad(true);
+            let mut parameters: Vec<Tensor> = layers.map(make).into();
+            parameters.push(Tensor::ones([3], (Kind::Double, Device::Cpu)).set_requires_grad(true));
+            parameters.push(parameter(&[1.0, 2.0]));
+            let mut parallel = TchDataParallel::new(&parameters, config).expect("CPU floats");
+            parallel.broadcast_parameters(communicator, 0).expect("both call it");
+            let mut means = Vec::new();
+            for step in 0..3 {
+                let [during, after]: [Vec<f64>; 2] = [true, false].map(|during| {
+                    parameters.iter().for_each(|parameter| parameter.shallow_clone().zero_grad());
+                    let input = Tensor::from_slice(&[rank as f32, 1.0, 2.0, step as f32]).view([1, 4]);
+                    let order = if rank == 0 { [0, 1, 2, 3] } else { [0, 2, 1, 3] };
+                    let hidden = order
+                        .into_iter()
+                        .fold(input, |hidden, layer| hidden.matmul(&parameters[layer]).tanh());
+                    let mut loss = hidden.sum(Kind::Double) + parameters[4].sum(Kind::Double) * rank as f64;
+                    if rank == 1 {
+                        loss += parameters[5].sum(Kind::Double);
+                    }
+                    match during {
+                        true => parallel.backward(communicator, &loss).expect("both call it"),
+                        false => {
+                            loss.backward();
+                            parallel.average_gradients(communicator).expect("both call it");
+                        }
+                    }
+                    parameters.iter().flat_map(|parameter| values(&parameter.grad().flatten(0, -1))).collect()
+                });
+                assert_eq!(during, after, "step {step}");
+                means.push(after);
+            }
+            means
+        });
+        assert_eq!(first, second, "on both ranks");
+        assert_ne!(first[0], first[1], "steps differ");
     }
 
     #[test]

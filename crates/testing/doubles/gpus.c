@@ -17,6 +17,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -216,6 +217,24 @@ int cuMemcpyDtoH_v2(void *to, uint64_t from, size_t bytes) {
 int cuMemcpyHtoD_v2(uint64_t to, const void *from, size_t bytes) {
     memcpy((void *)(uintptr_t)to, from, bytes);
     return within();
+}
+/* The only kernel there is: it holds its stream. */
+int cuModuleLoadData(void **module, const char *text) {
+    *module = strstr(text, ".entry paceline_hold(") ? (void *)text : NULL;
+    return *module ? within() : INVALID_VALUE;
+}
+int cuModuleGetFunction(void **function, void *module, const char *name) {
+    *function = strcmp(name, "paceline_hold") ? NULL : module;
+    return *function ? within() : INVALID_VALUE;
+}
+static void sleep_for(void *with) {
+    uint64_t nanoseconds = *(uint64_t *)with;
+    struct timespec time = {nanoseconds / 1000000000, nanoseconds % 1000000000};
+    nanosleep(&time, NULL);
+}
+int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                   unsigned shared, stream *s, void **parameters, void **extra) {
+    return enqueue(s, sleep_for, parameters[0], sizeof(uint64_t)), within();
 }
 int cuGetErrorName(int code, const char **name) {
     *name = code == INVALID_CONTEXT ? "CUDA_ERROR_INVALID_CONTEXT" : NULL;

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::ops::Range;
 use std::path::Path;
+use std::time::Duration;
 
 use super::host::Aligned;
 use super::{Cuda, Device, DeviceBuffer, DeviceError, Host, Pinned, Seat, Stream};
@@ -67,6 +68,17 @@ impl Accelerator {
     pub fn synchronize(&self, stream: Stream) -> Result<(), DeviceError> {
         match self {
             Self::Cuda(cuda) => cuda.synchronize(stream),
+            Self::Host(_) => Ok(()),
+        }
+    }
+
+    /// Keeps a stream busy for so long ([`Cuda::hold`]). The host runs everything in its calls, and has nothing to hold.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn hold(&self, stream: Stream, time: Duration) -> Result<(), DeviceError> {
+        match self {
+            Self::Cuda(cuda) => cuda.hold(stream, time),
             Self::Host(_) => Ok(()),
         }
     }

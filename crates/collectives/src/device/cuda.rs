@@ -1,6 +1,6 @@
 //! A GPU through CUDA's driver, which is loaded at run time: without a driver it is an error and nothing else.
 //!
-//! Some twenty functions, with result codes as integers: a binding whose codes are an enum cannot hold those of a newer
+//! Some thirty functions, with result codes as integers: a binding whose codes are an enum cannot hold those of a newer
 //! driver. The device's primary context is used, which PyTorch has too, and is current only within a call, so
 //! that whatever the caller's thread has chosen stays. Streams and events stay until the context ends, since destroying
 //! them may wait for the device.
@@ -14,6 +14,7 @@ mod tests;
 use std::fmt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use ffi::{Driver, NOT_READY};
 use paceline_nccl as nccl;
@@ -36,6 +37,8 @@ struct Context {
     name: String,
     /// Events of copies that are done.
     events: Mutex<Vec<usize>>,
+    /// The kernel that holds a stream, once somebody has wanted it.
+    hold: Mutex<Option<usize>>,
     /// Transfers that were dropped before they were done: each has the event that ends it, and its buffer.
     abandoned: Mutex<Vec<(usize, Box<dyn Pinned>)>>,
 }
@@ -73,8 +76,8 @@ impl Cuda {
             return Err(DeviceError { call: "choosing a GPU", reason });
         };
         let (name, handle) = (driver.device_name(ordinal)?, driver.retain_primary_context(ordinal)?);
-        let (events, abandoned) = (Mutex::default(), Mutex::default());
-        let context = Context { driver, handle, ordinal, name, events, abandoned };
+        let (events, hold, abandoned) = Default::default();
+        let context = Context { driver, handle, ordinal, name, events, hold, abandoned };
         Ok(Self { context: Arc::new(context) })
     }
 
@@ -140,6 +143,23 @@ impl Cuda {
     /// What the device has failed of.
     pub fn synchronize(&self, stream: Stream) -> Result<(), DeviceError> {
         self.context.current(|driver| driver.synchronize_stream(stream.0))
+    }
+
+    /// Keeps a stream busy for so long, with a kernel of one thread (`cuda/hold.ptx`), so that whatever is enqueued on it
+    /// afterwards is late. For tests: what must wait for this stream, and does not, is then wrong. Does not block.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn hold(&self, stream: Stream, time: Duration) -> Result<(), DeviceError> {
+        let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        self.context.current(|driver| {
+            let mut loaded = lock(&self.context.hold);
+            let kernel = match *loaded {
+                Some(kernel) => kernel,
+                None => *loaded.insert(driver.load_hold()?),
+            };
+            driver.hold(kernel, nanoseconds, stream.0)
+        })
     }
 
     /// Enqueues a copy for each span, and a mark after them.

@@ -1,15 +1,21 @@
 //! Data-parallel training of tch's models on a GPU, through the group of the ranks' devices.
 //!
-//! Gradients are copied into buckets on the device, averaged there on torch's current stream, and copied back, all without
-//! waiting for the device when the group is NCCL's. On the CPU the same code runs through the host, with the host's memory
-//! as the device.
+//! Gradients are copied into buckets on the device, averaged there, and copied back, all without waiting for the device
+//! when the group is NCCL's. Then the averages of [`TchDeviceParallel::backward`] are on a stream of their own, beside the
+//! kernels of earlier layers. On the CPU the same code runs through the host, with the host's memory as the device.
 
-use paceline_collectives::device::{Accelerator, DeviceBuffer, DeviceGroup, Host, Stream};
+use std::fmt;
+use std::ops::Range;
+
+use paceline_collectives::device::{
+    self, Accelerator, Backend, DeviceBuffer, DeviceGroup, Event, Host, Stream,
+};
 use paceline_collectives::{DType, ReduceOp};
 use tch::nn::VarStore;
 use tch::{Device, Kind, Tensor};
 
 use super::cuda::{self, TorchCuda};
+use super::hooks::GradientHooks;
 use super::{gradient_of, libtorch, usage};
 use crate::data_parallel::{Config, partition};
 use crate::{Error, World};
@@ -72,6 +78,30 @@ impl TchDevice {
 pub struct TchDeviceParallel {
     parameters: Vec<Tensor>,
     buckets: Vec<Bucket>,
+    turn: Turn,
+    /// Made by the first backward pass that needs them.
+    aside: Option<Aside>,
+}
+
+/// Which gradients of a step are in their buckets, and how many buckets are on their way.
+#[derive(Debug)]
+struct Turn {
+    /// The bucket of each parameter.
+    places: Vec<usize>,
+    given: Vec<bool>,
+    /// For each bucket, how many gradients it lacks.
+    missing: Vec<usize>,
+    started: usize,
+}
+
+/// What a backward pass that averages meanwhile needs.
+struct Aside {
+    hooks: GradientHooks,
+    device: Box<dyn device::Device>,
+    /// Where the averages are, so that the pass does not wait for them.
+    stream: Stream,
+    ready: Event,
+    done: Event,
 }
 
 /// Parameters whose gradients travel together.
@@ -115,7 +145,8 @@ impl TchDeviceParallel {
                 buckets.push(Bucket::new(numbers, &parameters, (kind, dtype), device)?);
             }
         }
-        Ok(Self { parameters, buckets })
+        let turn = Turn::new(&buckets, parameters.len());
+        Ok(Self { parameters, buckets, turn, aside: None })
     }
 
     /// Replaces the parameters on every rank by those of `root`. All ranks call it, usually once before the first step.
@@ -156,11 +187,162 @@ impl TchDeviceParallel {
             let buffer = bucket.buffer();
             group.all_reduce(buffer, buffer, ReduceOp::Avg, device.stream()?)?;
         }
+        self.hand_out()
+    }
+
+    /// Computes the gradients of `loss`, and replaces every one by its mean over the ranks: `loss.backward()` and
+    /// [`average_gradients`](Self::average_gradients) in one. With a group of NCCL's the all_reduce of a bucket is enqueued as
+    /// soon as the pass has enqueued its gradients, on a stream of its own, so that it runs beside the kernels of earlier
+    /// layers; torch's current stream waits for all at the end. Through the host it is one after the other.
+    ///
+    /// All ranks call it once per step, or all call the other two. The model's work is on one stream of torch's, as always
+    /// with tch. Gradients are added to those that are there, as by any pass.
+    ///
+    /// # Errors
+    /// As [`average_gradients`](Self::average_gradients), and [`Error::Usage`] when libtorch cannot run the pass. Some
+    /// gradients may be on their way already, so this replica can then do no further step.
+    pub fn backward(
+        &mut self,
+        group: &mut DeviceGroup,
+        device: &TchDevice,
+        loss: &Tensor,
+    ) -> Result<(), Error> {
+        check_place(group, device)?;
+        if group.agreement().backend != Backend::Nccl {
+            loss.f_backward().map_err(libtorch)?;
+            return self.average_gradients(group, device);
+        }
+        let mut aside = match self.aside.take() {
+            Some(aside) => aside,
+            None => Aside::new(&self.parameters, device)?,
+        };
+        let averaged = self.average_during(group, device, loss, &mut aside);
+        // Also after a failure: what is on its way uses the buckets.
+        let joined = aside.join(device);
+        self.aside = Some(aside);
+        averaged.and(joined)?;
+        self.hand_out()
+    }
+
+    fn average_during(
+        &mut self,
+        group: &mut DeviceGroup,
+        device: &TchDevice,
+        loss: &Tensor,
+        aside: &mut Aside,
+    ) -> Result<(), Error> {
+        self.turn.begin(&self.buckets);
+        let Aside { hooks, device: gpu, stream, ready, .. } = aside;
+        let mut lane = Lane { group, device, gpu, stream: *stream, ready: *ready };
+        let mut given = Ok(());
+        let mut heard = |number: usize| {
+            if given.is_ok() {
+                given = self.give(number, &mut lane);
+            }
+        };
+        let passed = hooks.during(&mut heard, || loss.f_backward());
+        passed.map_err(libtorch)?;
+        given?;
+        for number in (0..self.parameters.len()).rev() {
+            if !self.turn.given[number] {
+                self.give(number, &mut lane)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies one gradient into its bucket, and starts the buckets that are complete with it.
+    fn give(&mut self, number: usize, lane: &mut Lane<'_>) -> Result<(), Error> {
+        let complete = self.turn.give(number)?;
+        let bucket = &mut self.buckets[self.turn.places[number]];
+        bucket.take(number, gradient_of(&self.parameters[number])?)?;
+        self.buckets[complete].iter_mut().try_for_each(|bucket| lane.average(bucket.buffer()))
+    }
+
+    fn hand_out(&mut self) -> Result<(), Error> {
         for bucket in &mut self.buckets {
             bucket.hand_out(|number| gradient_of(&self.parameters[number]))?;
         }
         Ok(())
     }
+}
+
+/// Where a pass's averages go.
+struct Lane<'a> {
+    group: &'a mut DeviceGroup,
+    device: &'a TchDevice,
+    gpu: &'a mut Box<dyn device::Device>,
+    stream: Stream,
+    ready: Event,
+}
+
+impl Lane<'_> {
+    /// Averages what torch's current stream has put into a buffer by now.
+    fn average(&mut self, buffer: DeviceBuffer) -> Result<(), Error> {
+        let (stream, ready) = (self.stream, self.ready);
+        let after = self.device.stream()?;
+        self.gpu.record(ready, after).and_then(|()| self.gpu.wait(stream, ready)).map_err(failed)?;
+        Ok(self.group.all_reduce(buffer, buffer, ReduceOp::Avg, stream)?)
+    }
+}
+
+impl Turn {
+    fn new(buckets: &[Bucket], parameters: usize) -> Self {
+        let mut places = vec![0; parameters];
+        for (place, bucket) in buckets.iter().enumerate() {
+            bucket.parameters.iter().for_each(|&number| places[number] = place);
+        }
+        Self { places, given: vec![false; parameters], missing: vec![0; buckets.len()], started: 0 }
+    }
+
+    fn begin(&mut self, buckets: &[Bucket]) {
+        self.given.fill(false);
+        self.missing = buckets.iter().map(|bucket| bucket.parameters.len()).collect();
+        self.started = 0;
+    }
+
+    /// Notes a gradient. Gives the buckets that can be started once it is in its own: in order, so that all ranks start them
+    /// alike.
+    fn give(&mut self, number: usize) -> Result<Range<usize>, Error> {
+        if std::mem::replace(&mut self.given[number], true) {
+            return usage(format!("the gradient of parameter {number} was complete twice in one pass"));
+        }
+        self.missing[self.places[number]] -= 1;
+        let first = self.started;
+        self.started += self.missing[first..].iter().take_while(|missing| **missing == 0).count();
+        Ok(first..self.started)
+    }
+}
+
+impl Aside {
+    fn new(parameters: &[Tensor], device: &TchDevice) -> Result<Self, Error> {
+        let hooks = GradientHooks::new(parameters)?;
+        let make = || {
+            let device = device.accelerator.seat()?.device;
+            let (stream, ready, done) = (device.new_stream()?, device.new_event()?, device.new_event()?);
+            Ok::<_, device::DeviceError>((device, stream, ready, done))
+        };
+        let (device, stream, ready, done) = make().map_err(failed)?;
+        Ok(Self { hooks, device, stream, ready, done })
+    }
+
+    /// Has torch's current stream wait for all that is on the own one.
+    fn join(&self, device: &TchDevice) -> Result<(), Error> {
+        let stream = device.stream()?;
+        let waits =
+            self.device.record(self.done, self.stream).and_then(|()| self.device.wait(stream, self.done));
+        waits.map_err(failed)
+    }
+}
+
+impl fmt::Debug for Aside {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Aside").field("stream", &self.stream).finish_non_exhaustive()
+    }
+}
+
+fn failed(error: device::DeviceError) -> Error {
+    Error::Usage { reason: error.to_string() }
 }
 
 impl Bucket {
@@ -185,14 +367,15 @@ impl Bucket {
     /// Copies a tensor for each parameter into the bucket; zeros where there is none.
     fn fill(&mut self, of: impl Fn(usize) -> Result<Option<Tensor>, Error>) -> Result<(), Error> {
         for (&number, view) in self.parameters.iter().zip(&mut self.views) {
-            let tensor = of(number)?;
-            let copied = tch::no_grad(|| match &tensor {
-                Some(tensor) => view.f_copy_(tensor),
-                None => view.f_zero_().map(drop),
-            });
-            copied.map_err(libtorch)?;
+            copy(view, of(number)?)?;
         }
         Ok(())
+    }
+
+    /// The same for one parameter, which is one of the bucket's.
+    fn take(&mut self, number: usize, tensor: Option<Tensor>) -> Result<(), Error> {
+        let place = self.parameters.iter().position(|&own| own == number).expect("it is in its bucket");
+        copy(&mut self.views[place], tensor)
     }
 
     fn hand_out(&self, of: impl Fn(usize) -> Result<Option<Tensor>, Error>) -> Result<(), Error> {
@@ -205,10 +388,19 @@ impl Bucket {
     }
 
     fn buffer(&self) -> DeviceBuffer {
-        // SAFETY: the tensor is contiguous, on the group's device, and lives as long as the bucket. All that uses it is on the
-        // stream of the call; if the bucket is dropped before, torch gives its memory to later work on that stream only.
+        // SAFETY: the tensor is contiguous, on the group's device, and lives as long as the bucket. All that uses it is on
+        // torch's stream, or on one for which that is made to wait; if the bucket is dropped before, torch gives its memory to
+        // later work on its own stream only.
         unsafe { DeviceBuffer::from_raw(self.flat.data_ptr() as u64, self.flat.numel(), self.dtype) }
     }
+}
+
+fn copy(view: &mut Tensor, tensor: Option<Tensor>) -> Result<(), Error> {
+    let copied = tch::no_grad(|| match &tensor {
+        Some(tensor) => view.f_copy_(tensor),
+        None => view.f_zero_().map(drop),
+    });
+    copied.map_err(libtorch)
 }
 
 /// The group must take addresses of the memory in which the buckets are.
@@ -260,13 +452,39 @@ mod tests {
             parallel.average_gradients(&mut group, &device).expect("both call it");
             let values =
                 |tensor: &Tensor| Vec::<f32>::try_from(tensor.flatten(0, -1)).expect("one dimension");
-            let gradients: Vec<Vec<f32>> =
-                store.trainable_variables().iter().map(|parameter| values(&parameter.grad())).collect();
+            let gradients = || -> Vec<Vec<f32>> {
+                store.trainable_variables().iter().map(|parameter| values(&parameter.grad())).collect()
+            };
+            let first = gradients();
+            store.trainable_variables().iter_mut().for_each(Tensor::zero_grad);
+            let loss = model.forward(&input).sum(Kind::Float);
+            parallel.backward(&mut group, &device, &loss).expect("both call it");
+            let gradients = gradients();
+            assert_eq!(first, gradients, "by backward alone");
             let parameters: Vec<Vec<f32>> = store.trainable_variables().iter().map(values).collect();
             group.leave().expect("both do");
             (gradients, parameters)
         });
         assert_eq!(first, second, "the parameters too, which began as different random numbers");
         assert!(first.0.iter().flatten().all(|&mean| mean == 1.5 || mean == 1.0), "{first:?}");
+    }
+
+    #[test]
+    fn buckets_start_when_they_are_complete_and_in_order() {
+        let bucket = |parameters: &[usize]| Bucket {
+            parameters: parameters.to_vec(),
+            flat: Tensor::zeros([0], (Kind::Float, Device::Cpu)),
+            views: Vec::new(),
+            dtype: DType::F32,
+        };
+        let buckets = [bucket(&[4]), bucket(&[3, 2]), bucket(&[1]), bucket(&[0])];
+        let mut turn = Turn::new(&buckets, 5);
+        for _ in 0..2 {
+            turn.begin(&buckets);
+            let order = [2, 0, 4, 1, 3].map(|number| turn.give(number).expect("each once"));
+            assert_eq!(order, [0..0, 0..0, 0..1, 1..1, 1..4]);
+        }
+        let twice = turn.give(3).expect_err("it was given");
+        assert_eq!(twice.to_string(), "the gradient of parameter 3 was complete twice in one pass");
     }
 }

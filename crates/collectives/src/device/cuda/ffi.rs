@@ -3,7 +3,7 @@
 //! Handles are integers as wide as a pointer, which is what they are in the calling convention.
 
 use std::error::Error as _;
-use std::ffi::{CStr, c_char, c_int, c_uint};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::mem::ManuallyDrop;
 use std::path::Path;
 use std::sync::Arc;
@@ -76,8 +76,18 @@ functions! {
     cuMemcpyDtoH_v2(usize, u64, usize);
     cuMemcpyHtoD_v2(u64, usize, usize);
     cuMemcpyDtoDAsync_v2(u64, u64, usize, usize);
+    cuModuleLoadData(*mut usize, *const c_char);
+    cuModuleGetFunction(*mut usize, usize, *const c_char);
+    cuLaunchKernel(usize, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, usize, *mut *mut c_void, *mut *mut c_void);
     cuGetErrorName(c_int, *mut *const c_char);
 }
+
+/// The kernel that holds a stream, as a text that the driver compiles for its GPU, and its name there.
+const HOLD: &CStr = match CStr::from_bytes_with_nul(concat!(include_str!("hold.ptx"), "\0").as_bytes()) {
+    Ok(text) => text,
+    Err(_) => panic!("the text has a zero byte"),
+};
+const HOLD_NAME: &CStr = c"paceline_hold";
 
 /// The longest name of a device that is asked for, with its end.
 const NAME_BYTES: usize = 128;
@@ -252,6 +262,29 @@ impl Driver {
         // SAFETY: as for copy_down, with both ends on the device.
         let code = unsafe { (self.cuMemcpyDtoDAsync_v2)(to, from, bytes, stream as usize) };
         self.check("cuMemcpyDtoDAsync", code)
+    }
+
+    /// Loads the kernel that holds a stream into the current context, which has it until it ends.
+    pub(super) fn load_hold(&self) -> Result<usize, DeviceError> {
+        // SAFETY: the text has an end; the out-pointer is to a local.
+        let module =
+            self.handle("cuModuleLoadData", |out| unsafe { (self.cuModuleLoadData)(out, HOLD.as_ptr()) })?;
+        // SAFETY: the module has just been loaded and is never unloaded; the name has an end.
+        self.handle("cuModuleGetFunction", |out| unsafe {
+            (self.cuModuleGetFunction)(out, module, HOLD_NAME.as_ptr())
+        })
+    }
+
+    /// Enqueues that kernel.
+    pub(super) fn hold(&self, kernel: usize, nanoseconds: u64, stream: u64) -> Result<(), DeviceError> {
+        let mut parameters = [(&raw const nanoseconds).cast_mut().cast::<c_void>()];
+        let (stream, no_more) = (stream as usize, std::ptr::null_mut());
+        // SAFETY: the kernel takes one parameter of 8 bytes, which the driver copies in the call; one thread runs it, which
+        // touches no memory.
+        let code = unsafe {
+            (self.cuLaunchKernel)(kernel, 1, 1, 1, 1, 1, 1, 0, stream, parameters.as_mut_ptr(), no_more)
+        };
+        self.check("cuLaunchKernel", code)
     }
 
     fn handle(

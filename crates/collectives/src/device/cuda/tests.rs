@@ -8,6 +8,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use paceline_transport::mem;
 
@@ -82,6 +83,19 @@ fn collectives_go_through_the_drivers_copies() {
             });
         }
     });
+}
+
+#[test]
+fn a_stream_is_held_by_the_kernel_which_is_loaded_once() {
+    let double = Double::new(&["-DHELD=3000"]);
+    let accelerator = Accelerator::Cuda(double.open());
+    let stream = accelerator.new_stream().expect("it has streams");
+    for _ in 0..2 {
+        accelerator.hold(stream, Duration::from_micros(3)).expect("it has the kernel");
+    }
+    let failing = Double::new(&["-DFAIL=\"cuModuleLoadData\"", "-DCODE=719"]);
+    let error = failing.open().hold(stream, Duration::ZERO).expect_err("it fails").to_string();
+    assert_eq!(error, "cuModuleLoadData: CUDA_ERROR_LAUNCH_FAILED (719)");
 }
 
 #[test]
