@@ -13,10 +13,10 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use paceline_collectives::device::{
-    Accelerator, CopySpan, Device, DeviceBuffer, DeviceError, DeviceGroup, DeviceMemory, Event, Pinned, Seat,
-    Stream, Transfer, Wanted,
+    Accelerator, CopySpan, Device, DeviceError, DeviceGroup, DeviceMemory, Event, Pinned, Seat, Stream,
+    Transfer, Wanted,
 };
-use paceline_collectives::{Communicator, DType, Error, ReduceOp};
+use paceline_collectives::{Communicator, DType, ReduceOp};
 use paceline_runtime::{World, env};
 
 use crate::rank::Scale;
