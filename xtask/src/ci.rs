@@ -56,7 +56,7 @@ fn clippy(limit: Duration) -> Result<()> {
 fn tests_with_libtorch(limit: Duration) -> Result<()> {
     let mut command =
         cargo(&["test", "--release", "--locked", "--package", "paceline-runtime", "--features", "tch"]);
-    command.args(["--lib", "tch::", "--target-dir"]).arg(demo::target()).envs(torch::ensure()?.environment());
+    command.args(["--lib", "tch::"]).envs(torch::ensure()?.environment());
     process::run(command, limit)
 }
 

@@ -5,7 +5,7 @@ use crate::step::{Budget, Report};
 use crate::{system, torch, workspace};
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -53,25 +53,20 @@ pub fn steps(options: &Options, report: &mut Report) -> Result<()> {
         Ok(())
     })?;
     let torch = torch.expect("the step succeeded");
-    let folder = target();
+    // The target folder of ordinary builds, with which nearly all dependencies are in common.
+    let folder = workspace::target();
     report.step("demo: build", Budget::minutes(10.0), |limit| {
         println!("The first build takes 4 to 8 minutes on 2 cores, half of them for libtorch's bindings; later ones take seconds");
-        build(&folder, &["--package", "paceline", "--bin", "paceline"], &torch, limit)?;
+        build(&["--package", "paceline", "--bin", "paceline"], &torch, limit)?;
         let example = ["--package", "paceline-examples", "--example", "04_digits", "--features", "tch"];
-        build(&folder, &example, &torch, limit)
+        build(&example, &torch, limit)
     })?;
     report.step("demo: train", Budget::minutes(2.0), |limit| train(&folder, options, &torch, limit))
 }
 
-/// libtorch's bindings take minutes to compile and want their own environment variables; in a target folder of their own
-/// they never make an ordinary build start over.
-pub fn target() -> PathBuf {
-    workspace::target().join("tch")
-}
-
-fn build(folder: &Path, what: &[&str], torch: &torch::Torch, limit: Duration) -> Result<()> {
-    let mut command = cargo(&["build", "--release", "--locked", "--target-dir"]);
-    command.arg(folder).args(what).envs(torch.environment());
+fn build(what: &[&str], torch: &torch::Torch, limit: Duration) -> Result<()> {
+    let mut command = cargo(&["build", "--release", "--locked"]);
+    command.args(what).envs(torch.environment());
     process::run(command, limit)
 }
 
