@@ -11,10 +11,14 @@ fn compile_hooks() {
     use std::env;
     use std::path::PathBuf;
 
-    // torch-sys has found libtorch, and says where its libraries are; the headers lie beside them, unless it was told otherwise.
+    // torch-sys has found libtorch, and says where its libraries are. Its headers are where torch-sys looks for them.
     let libraries = env::var_os("DEP_TCH_LIBTORCH_LIB").expect("torch-sys says where libtorch is");
-    println!("cargo::rerun-if-env-changed=LIBTORCH_INCLUDE");
-    let home = env::var_os("LIBTORCH_INCLUDE").map(PathBuf::from);
+    let variable = |name| {
+        println!("cargo::rerun-if-env-changed={name}");
+        env::var_os(name).map(PathBuf::from)
+    };
+    let asked = ["LIBTORCH_INCLUDE", "LIBTORCH"].map(variable).into_iter().flatten().next();
+    let home = asked.filter(|_| variable("LIBTORCH_USE_PYTORCH").is_none());
     let home = home.or_else(|| Some(PathBuf::from(libraries).parent()?.to_owned()));
     let include = home.expect("libtorch's libraries are in a folder").join("include");
     println!("cargo::rerun-if-env-changed=LIBTORCH_CXX11_ABI");

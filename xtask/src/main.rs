@@ -46,7 +46,7 @@ enum Task {
     Mutants,
     /// The tests that need root: between hosts, over links that are slow, lossy and broken
     Root,
-    /// The tests on NVIDIA's NCCL that need no GPU; installs it
+    /// The tests on NVIDIA's NCCL and ptxas that need no GPU; installs both
     Nccl,
     /// Build NCCL's network plugin, move 1 GB through it with every byte compared, and measure it
     Plugin(plugin::Options),

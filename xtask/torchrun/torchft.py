@@ -1,6 +1,6 @@
 """A training of torchft's that goes on when a replica is lost: all-reduces 25 MiB and applies the result, and says when.
 
-Without a number it is the lighthouse, and starts as many replicas as it is told; with one it is a replica, of one process."""
+With a number it starts a lighthouse and as many replicas, each a process, and waits for these."""
 
 import datetime
 import os
@@ -12,17 +12,24 @@ LIGHTHOUSE = "TORCHFT_LIGHTHOUSE"
 ELEMENTS = 25 * 1024 * 1024 // 4
 
 
-def lighthouse(replicas):
+def job(replicas):
+    words = [sys.executable, __file__]
+    lighthouse = subprocess.Popen([*words, "lighthouse"], stdout=subprocess.PIPE, text=True)
+    port = lighthouse.stdout.readline().strip()
+    environment = {**os.environ, LIGHTHOUSE: f"http://127.0.0.1:{port}", "OMP_NUM_THREADS": "1"}
+    children = [subprocess.Popen([*words, "replica", str(number)], env=environment) for number in range(replicas)]
+    print(f"lighthouse pid {lighthouse.pid}", flush=True)
+    for child in children:
+        child.wait()
+
+
+def lighthouse():
     from torchft.coordination import LighthouseServer
 
     server = LighthouseServer(bind="127.0.0.1:0", min_replicas=2)
-    port = server.address().rsplit(":", 1)[1]
-    environment = {**os.environ, LIGHTHOUSE: f"http://127.0.0.1:{port}", "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, __file__, "replica"]
-    children = [subprocess.Popen([*words, str(number)], env=environment) for number in range(replicas)]
-    print(f"lighthouse pid {os.getpid()}", flush=True)
-    for child in children:
-        child.wait()
+    print(server.address().rsplit(":", 1)[1], flush=True)
+    while True:
+        time.sleep(3600)
 
 
 def replica(number):
@@ -56,7 +63,10 @@ def replica(number):
             print(f"applied {step} attempt 0 rank {number} pid {os.getpid()} at {at}", flush=True)
 
 
-if sys.argv[1] == "replica":
-    replica(int(sys.argv[2]))
-else:
-    lighthouse(int(sys.argv[1]))
+match sys.argv[1:]:
+    case ["lighthouse"]:
+        lighthouse()
+    case ["replica", number]:
+        replica(int(number))
+    case [replicas]:
+        job(int(replicas))

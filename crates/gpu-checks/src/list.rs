@@ -34,6 +34,8 @@ const NCCL: (&str, &str) = ("PACELINE_BACKEND", "nccl");
 const OVER_SOCKETS: [(&str, &str); 2] = [NCCL, ("NCCL_NET", "Socket")];
 const OVER_OURS: [(&str, &str); 2] = [NCCL, ("NCCL_NET", "Paceline")];
 const FALLBACK: (&str, &str) = ("PACELINE_BACKEND", "fallback");
+/// A queue of the GPU's for each stream: two in one would run one after the other, waits or not.
+const APART: [(&str, &str); 1] = [("CUDA_DEVICE_MAX_CONNECTIONS", "32")];
 const QUIC: [(&str, &str); 2] = [("PACELINE_FABRIC", "quic"), ("PACELINE_SHARED_MEMORY", "off")];
 
 #[rustfmt::skip]
@@ -48,8 +50,8 @@ const CHECKS: &[Check] = &[
     Check { name: "a GPU and a rank without one, fallback over QUIC",    ranks: 2, part: "mixed",       variables: &QUIC,     flags: &[], needs: Needs::Gpu },
     Check { name: "2 hosts of 2 ranks each, NCCL inside, ours between",  ranks: 4, part: "hierarchy",   variables: &[("NCCL_NET", "Socket")], flags: &[], needs: Needs::Gpu },
     Check { name: "a killed rank ends NCCL on the other; a new group",   ranks: 2, part: "killed",      variables: &OVER_SOCKETS, flags: &["--grace", "30", "--max-restarts", "1"], needs: Needs::Gpu },
-    Check { name: "each wait of the fallback's streams is needed",       ranks: 2, part: "waits-fallback", variables: &[],       flags: &[], needs: Needs::Gpu },
-    Check { name: "each wait of NCCL's group is needed",                 ranks: 1, part: "waits-nccl",  variables: &[],          flags: &[], needs: Needs::Gpu },
+    Check { name: "each wait of the fallback's streams is needed",       ranks: 2, part: "waits-fallback", variables: &APART,    flags: &[], needs: Needs::Gpu },
+    Check { name: "each wait of NCCL's group is needed",                 ranks: 1, part: "waits-nccl",  variables: &APART,       flags: &[], needs: Needs::Gpu },
     Check { name: "the fallback beside its slowest stage",               ranks: 2, part: "pipeline",    variables: &QUIC,     flags: &[], needs: Needs::Gpu },
     Check { name: "what a call costs over raw NCCL",                     ranks: 1, part: "overhead",    variables: &[NCCL],      flags: &[], needs: Needs::Gpu },
 ];

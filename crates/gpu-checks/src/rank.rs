@@ -32,7 +32,8 @@ pub struct Scale {
     /// For how long streams are held, so that what does not wait for them is too early: longer than the host needs to enqueue
     /// a call, also when it does not run for a while.
     pub held: Duration,
-    /// How often a wait is left out.
+    /// How often a wait is left out: more often than the fallback has buffers, each of which is allocated in a call, since a
+    /// driver may wait for all streams then.
     pub tries: u32,
 }
 

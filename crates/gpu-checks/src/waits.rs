@@ -131,18 +131,31 @@ fn all(wanted: Wanted, waits: &[Wait], scale: Scale) -> Result<()> {
             let communicator = world.communicator().split(Some(0), 0)?.expect("a color was given");
             let forgotten = (waits.len(), forgotten);
             let mut control = Control::new(&accelerator, communicator, wanted, forgotten, scale)?;
-            let mut wrong = [0u64];
+            let mut found = [0u64; 2];
             for turn in 0..scale.tries {
-                wrong[0] += u64::from(!control.is_right(turn, call)?);
+                match control.find(turn, call)? {
+                    Found::Right => {}
+                    Found::Early => found[0] += 1,
+                    Found::Other => found[1] += 1,
+                }
             }
             control.group.leave()?;
             // Where a rank has nothing to wait for, its results are right in any case.
-            world.communicator().all_reduce(&mut wrong, ReduceOp::Sum)?;
+            world.communicator().all_reduce(&mut found, ReduceOp::Sum)?;
+            let [early, other] = found;
             match forgotten.1 {
-                None => {
-                    ensure!(wrong[0] == 0, "{} of {} results are wrong with all waits", wrong[0], scale.tries)
+                None => ensure!(
+                    early + other == 0,
+                    "{} of {} results are wrong with all waits",
+                    early + other,
+                    scale.tries
+                ),
+                Some(_) => {
+                    ensure!(
+                        early > 0,
+                        "no result is too early without the wait for the {name}; {other} are wrong"
+                    );
                 }
-                Some(_) => ensure!(wrong[0] > 0, "no result is wrong without the wait for the {name}"),
             }
         }
         notes.push(name);
@@ -197,12 +210,14 @@ impl<'a> Control<'a> {
     }
 
     /// The caller's stream is held, then makes the input; after the call it keeps the result.
-    fn is_right(&mut self, turn: u32, call: Call) -> Result<bool> {
-        let (rank, ranks) = (self.group.rank() as i32, self.group.world_size() as i32);
-        let own = turn as i32 * ranks + rank + 1;
-        let expected = match call {
-            Call::AllReduce => turn as i32 * ranks * ranks + ranks * (ranks + 1) / 2,
-            Call::Broadcast => own - rank,
+    fn find(&mut self, turn: u32, call: Call) -> Result<Found> {
+        let (turn, rank, ranks) = (turn as i32, self.group.rank() as i32, self.group.world_size() as i32);
+        let own = turn * ranks + rank + 1;
+        let sum = |turn: i32| turn * ranks * ranks + ranks * (ranks + 1) / 2;
+        // What is there instead: the input and the result of the turn before, or what the caller had in the output.
+        let (expected, early) = match call {
+            Call::AllReduce => (sum(turn), Some(sum(turn - 1)).filter(|_| turn > 0)),
+            Call::Broadcast => (own - rank, Some(own).filter(|_| rank > 0)),
         };
         let hold = match (call, rank) {
             (Call::AllReduce, _) => self.held,
@@ -230,6 +245,20 @@ impl<'a> Control<'a> {
         self.accelerator.synchronize(self.stream)?;
         let mut found = vec![0i32; LEN];
         self.kept.read(bytemuck::cast_slice_mut(&mut found))?;
-        Ok(found.iter().all(|&element| element == expected))
+        let all = |wanted: i32| found.iter().all(|&element| element == wanted);
+        Ok(match early {
+            _ if all(expected) => Found::Right,
+            Some(early) if all(early) => Found::Early,
+            _ => Found::Other,
+        })
     }
+}
+
+/// What a call has made.
+enum Found {
+    Right,
+    /// All of it is what was there before.
+    Early,
+    /// Some of it is, or in the first turn whatever the memory had.
+    Other,
 }

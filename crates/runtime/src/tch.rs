@@ -226,8 +226,8 @@ impl<T: Element + tch::kind::Element> Group<T> {
         };
         let passed = hooks.during(&mut ready, || loss.f_backward());
         self.hooks = Some(hooks);
-        passed.map_err(libtorch)?;
-        given?;
+        // What failed first may have ended the pass.
+        given.and(passed.map_err(libtorch))?;
         self.check_gradients()?;
         self.average_gradients(communicator)
     }
@@ -236,9 +236,11 @@ impl<T: Element + tch::kind::Element> Group<T> {
     fn give(&mut self, communicator: &mut Communicator, number: usize) -> Result<(), Error> {
         let parameter = &self.parameters[number];
         let host = &mut self.host[..parameter.numel()];
-        match gradient_of(parameter)? {
-            Some(gradient) => gradient.f_copy_data(host, host.len()).map_err(libtorch)?,
-            None => host.fill(T::default()),
+        let gradient = parameter.f_grad().map_err(libtorch)?;
+        // None is made here if there is none: that takes a pass, and one may be running.
+        match gradient.defined() {
+            true => gradient.f_copy_data(host, host.len()).map_err(libtorch)?,
+            false => host.fill(T::default()),
         }
         self.parallel.gradient_ready(communicator, number, host)
     }

@@ -17,7 +17,7 @@ use crate::process::{self, Watch, cargo, must_succeed};
 use crate::step::{Budget, Report};
 use crate::torchrun::Torchrun;
 use crate::workspace;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::Path;
@@ -33,11 +33,13 @@ pub const DOCUMENT: &str = "docs/fault-tolerance.md";
 
 const RANKS: usize = 4;
 
-/// How long torchrun's ranks may take to go on after a fault before that counts as never, and to come up before it.
+/// How long torchrun's ranks may take to go on after a fault before that counts as never, and how long torchft's, whose own
+/// deadline for an operation is 60 s; and how long either may take to come up before it.
 const PATIENCE: Duration = Duration::from_secs(30);
+const TORCHFT_PATIENCE: Duration = Duration::from_secs(75);
 const START: Duration = Duration::from_secs(60);
 
-/// How often a rank of torchrun's is killed at most, with each kind of store: those that hang cost [`PATIENCE`].
+/// How often a rank of a peer's is killed at most, with each kind of store: those that hang cost their patience.
 const KILLS_LIMIT: u32 = 3;
 
 /// Steps of every rank before a fault.
@@ -111,7 +113,7 @@ pub fn measure(options: &Options, report: &mut Report, result: &mut Option<Strin
         Ok(())
     })?;
     let mut of_torchft = Outcomes::default();
-    report.step("peers: torchft", Budget::minutes(5.0), |_| {
+    report.step("peers: torchft", Budget::minutes(8.0), |_| {
         let packages = environment::site_packages(&torchft).context("the environment of torchft is gone")?;
         let job = |signal, victim| {
             let command = torchft_job(&torchrun, &packages);
@@ -180,6 +182,7 @@ struct Watched {
     /// The process and the newest step of each rank, before the fault.
     ranks: BTreeMap<usize, (u32, u64)>,
     coordinator: Option<u32>,
+    patience: Duration,
     /// When the fault was, in microseconds since 1970.
     struck: Option<u128>,
     after: After,
@@ -198,16 +201,16 @@ enum After {
 }
 
 impl Watched {
-    fn new(after: After) -> Self {
-        Self { ranks: BTreeMap::new(), coordinator: None, struck: None, after }
+    fn new(after: After, patience: Duration) -> Self {
+        Self { ranks: BTreeMap::new(), coordinator: None, patience, struck: None, after }
     }
 
     fn torchrun() -> Self {
-        Self::new(After::Restart(BTreeMap::new()))
+        Self::new(After::Restart(BTreeMap::new()), PATIENCE)
     }
 
     fn torchft(lost: Option<usize>) -> Self {
-        Self::new(After::SameStep { lost, applied: BTreeMap::new() })
+        Self::new(After::SameStep { lost, applied: BTreeMap::new() }, TORCHFT_PATIENCE)
     }
 
     /// Takes a line in, and says whether it is time for the fault.
@@ -247,8 +250,9 @@ impl Watched {
                 // The step in flight may end in any case where only the coordinator is lost.
                 let first = before + if lost.is_some() { 1 } else { 2 };
                 let survivors = RANKS - usize::from(lost.is_some());
-                let all = applied.range(first..).find(|(_, ranks)| ranks.len() == survivors);
-                all.and_then(|(_, ranks)| ranks.values().max())
+                let by_all = applied.range(first..).filter(|(_, ranks)| ranks.len() == survivors);
+                // One that was said after the fault may have been applied before it.
+                by_all.filter_map(|(_, ranks)| ranks.values().max()).find(|&&at| Some(at) > self.struck)
             }
         };
         let elapsed_us = last?.checked_sub(self.struck?)?;
@@ -290,18 +294,26 @@ fn strike(
     watched: &mut Watched,
     (signal, victim): (&str, Option<usize>),
 ) -> Result<Outcome> {
-    let (started, mut struck) = (Instant::now(), None);
-    let ended = process::listen_while(command, Watch::Both, START + PATIENCE, &mut |line| {
+    let (started, mut struck, mut failed) = (Instant::now(), None, None);
+    let patience = watched.patience;
+    let ended = process::listen_while(command, Watch::Both, START + patience, &mut |line| {
         if line.is_some_and(|line| watched.read(line)) {
-            let pid = victim.map_or(watched.coordinator, |rank| Some(watched.ranks[&rank].0));
+            let Some(pid) = victim.map_or(watched.coordinator, |rank| Some(watched.ranks[&rank].0)) else {
+                failed = Some("the coordinator has not said which process it is");
+                return false;
+            };
             let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
             watched.struck = Some(now.as_micros());
             struck = Some(Instant::now());
-            // A process that has just ended by itself shows as a job without an outcome.
-            let _ = pid.map(|pid| Command::new("kill").args([signal, &pid.to_string()]).status());
+            let kill = Command::new("kill").args([signal, &pid.to_string()]).status();
+            if !kill.is_ok_and(|status| status.success()) {
+                failed = Some("the process is gone");
+                return false;
+            }
         }
-        watched.outcome().is_none() && struck.is_none_or(|at| at.elapsed() < PATIENCE)
+        watched.outcome().is_none() && struck.is_none_or(|at| at.elapsed() < patience)
     });
+    ensure!(failed.is_none(), "{peer} cannot be struck: {}", failed.unwrap_or_default());
     watched.struck.with_context(|| format!("the ranks of {peer} did not get to step {WARM}: {ended:?}"))?;
     let outcome = watched.outcome();
     let words = outcome.map_or("never".to_owned(), |after| format!("{after:?} later"));
@@ -316,8 +328,8 @@ fn table(ours: &[(String, String)], theirs: &[Outcomes; 3]) -> String {
         .to_owned();
     let mut row = |what: &str, times: &str, of: Option<fn(&Outcomes) -> &[Outcome]>| {
         text += &format!("| {what} | {times} |");
-        for outcomes in theirs {
-            text += &format!(" {} |", of.map_or("-".to_owned(), |of| shown(of(outcomes))));
+        for (outcomes, patience) in theirs.iter().zip([PATIENCE, PATIENCE, TORCHFT_PATIENCE]) {
+            text += &format!(" {} |", of.map_or("-".to_owned(), |of| shown(of(outcomes), patience)));
         }
         text += "\n";
     };
@@ -333,18 +345,18 @@ fn table(ours: &[(String, String)], theirs: &[Outcomes; 3]) -> String {
     text + "\ntorchrun starts all ranks again, and the program begins anew: it keeps no step. Paceline's and torchft's survivors go on. \
             Unless it is told otherwise (`TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`) torchrun's attempts share one store, where ranks \
             find the addresses of those that were stopped. torchft's coordinator is its lighthouse; Paceline's leader is a launcher, \
-            and its workers go with it.\n"
+            and its workers go with it. torchft waits 60 s for an operation, and 5 s for a sign of life.\n"
 }
 
 /// A peer's times in words.
-fn shown(outcomes: &[Outcome]) -> String {
+fn shown(outcomes: &[Outcome], patience: Duration) -> String {
     let mut times: Vec<Duration> = outcomes.iter().flatten().copied().collect();
     times.sort_unstable();
     if outcomes.is_empty() {
         return "-".to_owned();
     }
     let (never, all) = (outcomes.len() - times.len(), outcomes.len());
-    let hung = format!("{never} of {all} times no step within {} s", PATIENCE.as_secs());
+    let hung = format!("{never} of {all} times no step within {} s", patience.as_secs());
     match (times.first(), times.last()) {
         (Some(least), Some(most)) => {
             let median = times[times.len() / 2];
@@ -384,8 +396,8 @@ mod tests {
     #[test]
     fn a_job_that_never_went_on_is_counted() {
         let ms = Duration::from_millis;
-        assert_eq!(shown(&[None]), "1 of 1 times no step within 30 s");
-        let text = shown(&[Some(ms(1500)), None, Some(ms(1200)), Some(ms(1900))]);
+        assert_eq!(shown(&[None], PATIENCE), "1 of 1 times no step within 30 s");
+        let text = shown(&[Some(ms(1500)), None, Some(ms(1200)), Some(ms(1900))], PATIENCE);
         assert_eq!(text, "4 times, 1200 ms to 1900 ms, median 1500 ms; 1 of 4 times no step within 30 s");
     }
 

@@ -47,7 +47,7 @@ pub struct Options {
     /// Between two hosts (network namespaces, which takes root) instead of on this one: Gloo and OpenMPI over TCP
     #[arg(long)]
     between_hosts: bool,
-    /// What lost ranks cost, with Paceline and torchrun; the result is for docs/fault-tolerance.md
+    /// What lost ranks cost, with Paceline, torchrun and torchft; the result is for docs/fault-tolerance.md
     #[arg(long, conflicts_with = "between_hosts")]
     faults: bool,
     /// Go on without a peer that cannot be installed

@@ -81,6 +81,8 @@ pub struct TchDeviceParallel {
     turn: Turn,
     /// Made by the first backward pass that needs them.
     aside: Option<Aside>,
+    /// Why a pass that averaged meanwhile has failed: the ranks may have begun different buckets.
+    broken: Option<String>,
 }
 
 /// Which gradients of a step are in their buckets, and how many buckets are on their way.
@@ -146,7 +148,7 @@ impl TchDeviceParallel {
             }
         }
         let turn = Turn::new(&buckets, parameters.len());
-        Ok(Self { parameters, buckets, turn, aside: None })
+        Ok(Self { parameters, buckets, turn, aside: None, broken: None })
     }
 
     /// Replaces the parameters on every rank by those of `root`. All ranks call it, usually once before the first step.
@@ -159,7 +161,7 @@ impl TchDeviceParallel {
         device: &TchDevice,
         root: usize,
     ) -> Result<(), Error> {
-        check_place(group, device)?;
+        self.check(group, device)?;
         for bucket in &mut self.buckets {
             bucket.fill(|number| Ok(Some(self.parameters[number].shallow_clone())))?;
             group.broadcast(bucket.buffer(), root, device.stream()?)?;
@@ -178,7 +180,7 @@ impl TchDeviceParallel {
     /// all_reduce's. An error of the device may come with a later call, when gradients were used that are not the mean:
     /// [`DeviceGroup::check`] after the device has been waited for says whether all until then were.
     pub fn average_gradients(&mut self, group: &mut DeviceGroup, device: &TchDevice) -> Result<(), Error> {
-        check_place(group, device)?;
+        self.check(group, device)?;
         // In loops of their own: on the device each all_reduce waits for what is before it on the stream.
         for bucket in &mut self.buckets {
             bucket.fill(|number| gradient_of(&self.parameters[number]))?;
@@ -195,23 +197,33 @@ impl TchDeviceParallel {
     /// soon as the pass has enqueued its gradients, on a stream of its own, so that it runs beside the kernels of earlier
     /// layers; torch's current stream waits for all at the end. Through the host it is one after the other.
     ///
-    /// All ranks call it once per step, or all call the other two. The model's work is on one stream of torch's, as always
-    /// with tch. Gradients are added to those that are there, as by any pass.
+    /// All ranks call it once per step, or all call the other two, with the same device each time. The model's work is on one
+    /// stream of torch's, as always with tch. Gradients are added to those that are there, as by any pass. Parameters that
+    /// required no gradient at the first call are averaged after the pass.
     ///
     /// # Errors
     /// As [`average_gradients`](Self::average_gradients), and [`Error::Usage`] when libtorch cannot run the pass. Some
-    /// gradients may be on their way already, so this replica can then do no further step.
+    /// gradients may be on their way already, so this replica can then do no further step, and says so.
     pub fn backward(
         &mut self,
         group: &mut DeviceGroup,
         device: &TchDevice,
         loss: &Tensor,
     ) -> Result<(), Error> {
-        check_place(group, device)?;
+        self.check(group, device)?;
         if group.agreement().backend != Backend::Nccl {
             loss.f_backward().map_err(libtorch)?;
             return self.average_gradients(group, device);
         }
+        self.overlapped(group, device, loss)
+    }
+
+    fn overlapped(
+        &mut self,
+        group: &mut DeviceGroup,
+        device: &TchDevice,
+        loss: &Tensor,
+    ) -> Result<(), Error> {
         let mut aside = match self.aside.take() {
             Some(aside) => aside,
             None => Aside::new(&self.parameters, device)?,
@@ -220,8 +232,16 @@ impl TchDeviceParallel {
         // Also after a failure: what is on its way uses the buckets.
         let joined = aside.join(device);
         self.aside = Some(aside);
-        averaged.and(joined)?;
-        self.hand_out()
+        let outcome = averaged.and(joined).and_then(|()| self.hand_out());
+        self.broken = outcome.as_ref().err().map(Error::to_string);
+        outcome
+    }
+
+    fn check(&self, group: &DeviceGroup, device: &TchDevice) -> Result<(), Error> {
+        match &self.broken {
+            Some(reason) => usage(format!("an earlier backward pass has failed: {reason}")),
+            None => check_place(group, device),
+        }
     }
 
     fn average_during(
@@ -241,8 +261,8 @@ impl TchDeviceParallel {
             }
         };
         let passed = hooks.during(&mut heard, || loss.f_backward());
-        passed.map_err(libtorch)?;
-        given?;
+        // What failed first may have ended the pass.
+        given.and(passed.map_err(libtorch))?;
         for number in (0..self.parameters.len()).rev() {
             if !self.turn.given[number] {
                 self.give(number, &mut lane)?;
@@ -255,7 +275,9 @@ impl TchDeviceParallel {
     fn give(&mut self, number: usize, lane: &mut Lane<'_>) -> Result<(), Error> {
         let complete = self.turn.give(number)?;
         let bucket = &mut self.buckets[self.turn.places[number]];
-        bucket.take(number, gradient_of(&self.parameters[number])?)?;
+        let gradient = self.parameters[number].f_grad().map_err(libtorch)?;
+        // None is made here if there is none: that takes a pass, and one may be running.
+        bucket.take(number, Some(gradient).filter(Tensor::defined))?;
         self.buckets[complete].iter_mut().try_for_each(|bucket| lane.average(bucket.buffer()))
     }
 
@@ -467,6 +489,55 @@ mod tests {
         });
         assert_eq!(first, second, "the parameters too, which began as different random numbers");
         assert!(first.0.iter().flatten().all(|&mean| mean == 1.5 || mean == 1.0), "{first:?}");
+    }
+
+    /// Through the host, whose streams run everything at once: what it shows is which buckets go when, and with what.
+    #[test]
+    fn averaging_during_the_pass_gives_the_same_bits_whatever_the_order_of_the_layers() {
+        let [first, second] = on_two_ranks(|rank, communicator| {
+            let device = TchDevice { accelerator: Accelerator::Host(Host), device: Device::Cpu, torch: None };
+            let store = nn::VarStore::new(device.device());
+            let layers: Vec<Tensor> =
+                ["a", "b", "c"].map(|name| store.root().randn(name, &[4, 4], 0.0, 1.0)).into();
+            let unused = store.root().ones("unused", &[3]);
+            let config = Config { first_bucket_bytes: 64, bucket_bytes: 128 };
+            let mut parallel =
+                TchDeviceParallel::from_var_store(&store, &device, config).expect("floats on the CPU");
+            let split = communicator.split(Some(0), 0).expect("both call it").expect("a color was given");
+            let mut group = DeviceGroup::form(split, Host::seat(), &Setup::new(Wanted::Fallback, 0))
+                .expect("both call it");
+            parallel.broadcast_parameters(&mut group, &device, 0).expect("both call it");
+            let input = Tensor::full([1, 4], rank as f64 + 0.5, (Kind::Float, Device::Cpu));
+            let order = if rank == 0 { [0, 1, 2] } else { [1, 0, 2] };
+            let loss = || {
+                let fold = |hidden: Tensor, layer: usize| hidden.matmul(&layers[layer]).tanh();
+                let sum = order.into_iter().fold(input.shallow_clone(), fold).sum(Kind::Float);
+                if rank == 1 { sum + unused.sum(Kind::Float) } else { sum }
+            };
+            let mut passes = Vec::new();
+            for during in [true, false, true] {
+                store.trainable_variables().iter_mut().for_each(Tensor::zero_grad);
+                match during {
+                    true => parallel.overlapped(&mut group, &device, &loss()).expect("both call it"),
+                    false => parallel.backward(&mut group, &device, &loss()).expect("both call it"),
+                }
+                let gradients = store.trainable_variables().iter().map(|parameter| {
+                    Vec::<f32>::try_from(parameter.grad().flatten(0, -1)).expect("one dimension")
+                });
+                passes.push(gradients.collect::<Vec<_>>());
+            }
+            assert!(passes.iter().all(|pass| *pass == passes[0]), "{passes:?}");
+
+            // A pass that fails leaves the ranks at different buckets: nothing goes on from there.
+            let frozen = Tensor::ones([1], (Kind::Float, Device::Cpu));
+            parallel.overlapped(&mut group, &device, &frozen).expect_err("it requires no gradient");
+            let error =
+                parallel.backward(&mut group, &device, &loss()).expect_err("it is broken").to_string();
+            assert!(error.starts_with("an earlier backward pass has failed: libtorch: "), "{error}");
+            group.leave().expect("both do");
+            passes.swap_remove(0)
+        });
+        assert_eq!(first, second);
     }
 
     #[test]

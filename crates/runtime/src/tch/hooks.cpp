@@ -51,8 +51,15 @@ class Hook final : public torch::autograd::FunctionPostHook {
 extern "C" std::shared_ptr<Node> *paceline_hook_add(const at::Tensor *tensor, const void *context,
                                                     void (*ready)(const void *, std::size_t),
                                                     void (*forget)(const void *), std::size_t parameter, char *reason,
-                                                    std::size_t room) {
-  auto owned = std::make_unique<Context>(context, ready, forget);
+                                                    std::size_t room) noexcept {
+  std::unique_ptr<Context> owned;
+  try {
+    owned = std::make_unique<Context>(context, ready, forget);
+  } catch (...) {
+    forget(context);
+    std::snprintf(reason, room, "there is no memory left");
+    return nullptr;
+  }
   try {
     auto node = std::make_unique<std::shared_ptr<Node>>(torch::autograd::impl::grad_accumulator(*tensor));
     if (!*node) {
@@ -63,9 +70,12 @@ extern "C" std::shared_ptr<Node> *paceline_hook_add(const at::Tensor *tensor, co
     return node.release();
   } catch (const std::exception &error) {
     std::snprintf(reason, room, "%s", error.what());
-    return nullptr;
+  } catch (...) {
+    std::snprintf(reason, room, "an exception of an unknown kind");
   }
+  return nullptr;
 }
 
-/// Gives the node up, and with it the hook, unless a graph still has it.
-extern "C" void paceline_hook_free(std::shared_ptr<Node> *node) { delete node; }
+/// Gives the node up, and with it the hook, unless a graph or another hook's owner still has it: then it is called on,
+/// to no effect. Taking it out of the node here could meet a pass that runs through it.
+extern "C" void paceline_hook_free(std::shared_ptr<Node> *node) noexcept { delete node; }

@@ -45,8 +45,8 @@ unsafe extern "C" {
     fn paceline_hook_add(
         tensor: *const C_tensor,
         context: *const c_void,
-        ready: extern "C" fn(*const c_void, usize),
-        forget: extern "C" fn(*const c_void),
+        ready: unsafe extern "C" fn(*const c_void, usize),
+        forget: unsafe extern "C" fn(*const c_void),
         parameter: usize,
         reason: *mut c_char,
         room: usize,
@@ -74,11 +74,11 @@ impl GradientHooks {
         Ok(Self { shared, nodes })
     }
 
-    /// Runs a backward pass, and calls `ready` with the number of each parameter whose gradient it has completed, on
-    /// whichever thread it runs. Two parameters on different devices may be told by two threads, one after the other.
+    /// Runs a backward pass, and calls `ready` with the number of a parameter whose gradient it has completed, which may be
+    /// none, on whichever thread it runs. Some may not be told: while a call runs no other one is made, also from within it.
     ///
-    /// `ready` must not run a backward pass through these parameters. If it panics the process ends, since a panic cannot go
-    /// through libtorch.
+    /// If `ready` panics the process ends, since a panic cannot go through libtorch. After a pass that has failed on this
+    /// thread a last call of it is waited for.
     pub(super) fn during<R>(&mut self, ready: &mut Listener<'_>, pass: impl FnOnce() -> R) -> R {
         // SAFETY: the guard takes the reference back before this function returns or unwinds, and whoever uses it holds the
         // lock meanwhile, so it is not used after that.
@@ -131,16 +131,22 @@ impl Drop for Guard<'_> {
     }
 }
 
-extern "C" fn ready(context: *const c_void, parameter: usize) {
-    // SAFETY: it is what `Node::new` has given, whose reference is not forgotten yet.
+/// # Safety
+/// `context` is what `Node::new` has given, and its reference is not forgotten yet.
+unsafe extern "C" fn ready(context: *const c_void, parameter: usize) {
+    // SAFETY: as promised.
     let shared = unsafe { &*context.cast::<Shared>() };
-    if let Some(listener) = lock(&shared.listener).as_mut() {
+    // Who does not get it misses nothing: a listener cannot rely on being told.
+    let Ok(mut listener) = shared.listener.try_lock() else { return };
+    if let Some(listener) = listener.as_mut() {
         listener(parameter);
     }
 }
 
-extern "C" fn forget(context: *const c_void) {
-    // SAFETY: `Node::new` has given this reference, and it is given back once.
+/// # Safety
+/// `context` is what `Node::new` has given, once.
+unsafe extern "C" fn forget(context: *const c_void) {
+    // SAFETY: as promised.
     drop(unsafe { Arc::from_raw(context.cast::<Shared>()) });
 }
 
