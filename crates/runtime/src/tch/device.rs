@@ -521,7 +521,8 @@ mod tests {
                     true => parallel.overlapped(&mut group, &device, &loss()).expect("both call it"),
                     false => parallel.backward(&mut group, &device, &loss()).expect("both call it"),
                 }
-                let gradients = store.trainable_variables().iter().map(|parameter| {
+                let parameters = store.trainable_variables();
+                let gradients = parameters.iter().map(|parameter| {
                     Vec::<f32>::try_from(parameter.grad().flatten(0, -1)).expect("one dimension")
                 });
                 passes.push(gradients.collect::<Vec<_>>());
