@@ -563,7 +563,7 @@ mod tests {
     use super::*;
     use crate::news::News;
 
-    const WISH: Wish = Wish { mode: Mode::Slots, slots: None };
+    const WISH: Wish = Wish { mode: Mode::Slots, slots: None, checkpoint_every: None };
 
     /// A job of two ranks on one machine, and what its workers are told.
     struct Rig {
