@@ -35,6 +35,7 @@ fn main() {
                 killed_while_saving,
             ),
             trial("a_worker_that_is_killed_while_it_saves_costs_one_checkpoint", worker_killed_while_saving),
+            trial("a_job_that_has_lost_all_workers_begins_again_from_its_newest_checkpoint", all_lost),
             trial("a_disk_that_takes_no_more_costs_checkpoints_and_no_step", a_full_disk),
             trial("with_as_many_slots_as_ranks_another_number_of_them_uses_each_sample_once", other_slots),
             trial("launchers_that_found_a_job_anew_go_on_from_one_checkpoint", launchers),
@@ -85,13 +86,13 @@ struct Heavy {
     model: Model,
     ballast: Vec<f64>,
     has_said: bool,
-    /// Whether this process may not write large files at first.
-    is_to_be_limited: bool,
+    /// Whether this process may not write large files yet.
+    is_limited: bool,
 }
 
 impl Heavy {
     fn new() -> Self {
-        Self { model: Model::new(None), ballast: vec![1.0; BALLAST], has_said: true, is_to_be_limited: false }
+        Self { model: Model::new(None), ballast: vec![1.0; BALLAST], has_said: true, is_limited: false }
     }
 
     fn digest(&self) -> String {
@@ -115,16 +116,10 @@ impl Program for Heavy {
         if !std::mem::replace(&mut self.has_said, true) {
             println!("goes on after step {}", self.model.steps[0]);
         }
-        if self.is_to_be_limited {
-            match self.model.steps[0] {
-                // After the first step, by which memory is shared that counts as files.
-                1 => limit_files(Some(LIMITED_BYTES)),
-                LIMITED_STEPS => {
-                    until("a shard could not be written", || HAS_FAILED.load(Ordering::Relaxed));
-                    limit_files(None);
-                }
-                _ => {}
-            }
+        if self.is_limited && self.model.steps[0] >= LIMITED_STEPS {
+            until("a shard could not be written", || HAS_FAILED.load(Ordering::Relaxed));
+            limit_files(None);
+            self.is_limited = false;
         }
         self.model.gradient(samples, gradient)
     }
@@ -154,7 +149,10 @@ fn rank(part: &str, args: &[String]) {
     let passes = args[0].parse().expect("a number of passes");
     let config = config(passes, Some(args[1].as_ref()), args.get(2).and_then(|slots| slots.parse().ok()));
     let mut program = Heavy { has_said: false, ..Heavy::new() };
-    program.is_to_be_limited = part == "full" && std::env::var("RANK").is_ok_and(|rank| rank == "1");
+    if part == "full" && std::env::var("RANK").is_ok_and(|rank| rank == "1") {
+        program.is_limited = true;
+        limit_files(Some(LIMITED_BYTES));
+    }
     let end = elastic::train(&config, &mut program).unwrap_or_else(|error| panic!("{error}"));
     if end == End::Complete {
         println!("complete {}", said(&program));
@@ -243,6 +241,11 @@ fn process_of(job: &Job, rank: usize) -> Pid {
     let start = format!("[{rank}]: process ");
     let line = job.seen.iter().rev().find(|line| line.starts_with(&start)).expect("it has said so");
     Pid::from_raw(last_number(line) as i32).expect("a process")
+}
+
+fn kill(job: &Job, rank: usize) {
+    // Fails when it has just ended by itself.
+    let _ = kill_process(process_of(job, rank), Signal::KILL);
 }
 
 fn until(what: &str, is_so: impl Fn() -> bool) {
@@ -337,7 +340,7 @@ fn worker_killed_while_saving() {
         until("another checkpoint was made", || newest(folder) > before);
         until("one was being written", || listing(folder).unfinished > 0);
         let victim = rng.usize(0..RANKS);
-        let _ = kill_process(process_of(&job, victim), Signal::KILL);
+        kill(&job, victim);
         entered += 1;
         check_folder_while_it_changes(folder);
     }
@@ -350,6 +353,26 @@ fn worker_killed_while_saving() {
     assert_eq!(check_folder(folder).unfinished, 0);
 }
 
+fn all_lost() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path();
+    let mut job = start(RANKS, "saves", FOR_EVER, folder, Some(RANKS as u16));
+    first_step(&mut job, RANKS);
+    until("a checkpoint was made", || newest(folder) > 0);
+    let made = newest(folder);
+    (0..RANKS).for_each(|rank| kill(&job, rank));
+    job.wait_for("were lost, and the state with them; the job starts again (1 of 1000)", 1);
+    let before = job.seen.len();
+    job.wait_for("goes on after step ", 2 * RANKS);
+    let next = job.seen[before..].iter().filter(|line| line.contains("goes on after step "));
+    let next = next.map(|line| last_number(line)).min().expect("they go on");
+    assert!(next >= made, "after step {next}, though that of step {made} was made");
+    kill_all(job, RANKS);
+    let passes = passes_beyond(folder);
+    let job = start(RANKS, "saves", passes, folder, Some(RANKS as u16)).finish();
+    check_ends(&job, &undisturbed(passes, RANKS as u16), RANKS);
+}
+
 /// The newest checkpoint is whole, unless it has just been removed for newer ones.
 fn check_folder_while_it_changes(folder: &Path) {
     let Some(name) = listing(folder).committed.first().cloned() else { return };
@@ -360,7 +383,10 @@ fn check_folder_while_it_changes(folder: &Path) {
 fn a_full_disk() {
     let folder = tempfile::tempdir().expect("a folder");
     let passes = 2 * LIMITED_STEPS / STEPS;
-    let job = start(RANKS, "full", passes, folder.path(), Some(RANKS as u16)).finish();
+    let args = [&passes.to_string(), text(folder.path()), &RANKS.to_string()];
+    // Memory that ranks share counts as files.
+    let variables = [("PACELINE_SHARED_MEMORY", "off")];
+    let job = Job::launch(&["-n", "4", "--max-restarts", "1000"], &variables, "full", &args).finish();
     check_ends(&job, &undisturbed(passes, RANKS as u16), RANKS);
     assert!(!job.lines_with("no checkpoint; training goes on without it").is_empty(), "{:?}", job.lines);
     assert!(!job.lines_with(TOO_LARGE).is_empty(), "{:?}", job.lines);
