@@ -1,9 +1,11 @@
 //! Training that goes on when workers are killed: a small neural network, without torch, in f64.
 //!
 //! The program says what its state is, how a gradient is computed and how it is applied; the loop is Paceline's. Kill
-//! workers as you like: the weights at the end are those of a run that nobody disturbed, to the last bit.
+//! workers as you like: the weights at the end are those of a run that nobody disturbed, to the last bit. With
+//! `--checkpoint FOLDER` also the whole job, if the next one has as many slots.
 #![allow(clippy::print_stdout, reason = "an example talks to its terminal")]
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Parser;
@@ -18,6 +20,12 @@ struct Args {
     /// The number of logical workers; as many as processes if not given
     #[arg(long)]
     slots: Option<u16>,
+    /// Save the state into this folder, which all processes share, and go on from what is there
+    #[arg(long, value_name = "FOLDER")]
+    checkpoint: Option<PathBuf>,
+    /// After how many steps each
+    #[arg(long, default_value = "50")]
+    every: u64,
     /// A pause in each gradient, in milliseconds, so that there is time to kill somebody
     #[arg(long, default_value = "0")]
     pause_ms: u64,
@@ -39,6 +47,8 @@ fn main() -> anyhow::Result<()> {
     let mut config = Config::new(SAMPLES, BATCH);
     config.passes = args.passes;
     config.slots = args.slots;
+    config.checkpoint = args.checkpoint;
+    config.checkpoint_every = args.every;
     let mut model = Model::new(Duration::from_millis(args.pause_ms));
 
     let end = elastic::train(&config, &mut model)?;
@@ -94,10 +104,10 @@ impl Program for Model {
     }
 
     fn stable(&mut self, stable: &Stable) {
-        self.loss = stable.loss.unwrap_or(self.loss);
-        if stable.step.0.is_multiple_of(50) {
-            let Stable { step, epoch, members, .. } = stable;
-            println!("{step}: loss {:.4} ({epoch}, {members} members)", self.loss);
+        let Stable { step, epoch, members, loss: Some(loss) } = *stable else { return };
+        self.loss = loss;
+        if step.0.is_multiple_of(50) {
+            println!("{step}: loss {loss:.4} ({epoch}, {members} members)");
         }
     }
 }

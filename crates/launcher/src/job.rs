@@ -162,6 +162,11 @@ impl Job {
         Job { closing: Duration::ZERO, ..self }
     }
 
+    /// After what comes next its ranks start again.
+    pub fn starts_again(&mut self) {
+        self.closing = Duration::ZERO;
+    }
+
     /// Its ranks do not start again after all.
     pub fn does_not_start_again(&mut self) {
         self.closing = CLOSING;

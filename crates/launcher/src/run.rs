@@ -1,5 +1,6 @@
 //! Runs one job: checks what can be checked, opens the rendezvous, starts the ranks, watches them, explains the end.
 
+use std::cell::Cell;
 use std::ffi::OsString;
 use std::fs;
 use std::io;
@@ -76,8 +77,15 @@ pub fn run(args: &RunArgs, console: &Console) -> Result<(u8, String), Error> {
         }
     };
     let args = &args.at(rendezvous.node());
-    let launch =
-        Launch { args, program: &program, logs: &logs, rendezvous: &*rendezvous, console, pulse: &pulse };
+    let launch = Launch {
+        args,
+        program: &program,
+        logs: &logs,
+        rendezvous: &*rendezvous,
+        console,
+        pulse: &pulse,
+        replaced: Cell::new(0),
+    };
     loop {
         let (job, report, then) = launch.run_generation(&mut signals)?;
         if then == Then::End {
@@ -95,6 +103,8 @@ struct Launch<'a> {
     rendezvous: &'a dyn Rendezvous,
     console: &'a Console,
     pulse: &'a Pulse,
+    /// How many ranks have been replaced in earlier generations: they are on the same account as these.
+    replaced: Cell<u32>,
 }
 
 impl Launch<'_> {
@@ -111,7 +121,7 @@ impl Launch<'_> {
             let processors = processors.as_ref().map(|of_ranks| of_ranks[rank as usize]);
             self.start_rank(rank, (&generation, &attempt), processors, variable)
         };
-        let restarts_left = generation.restarts_left();
+        let restarts_left = generation.restarts_left().saturating_sub(self.replaced.get());
         self.pulse.starts(&generation);
         // Those of a launcher that was killed, and whose place this one has.
         traces::set_aside(args, generation.number, std::env::var_os("PACELINE_FLIGHT_RECORDER"));
@@ -137,6 +147,7 @@ impl Launch<'_> {
             &mut replacement,
             self.pulse,
         );
+        self.replaced.set(self.replaced.get().saturating_add(replacement.elastic.replaced()));
         let (exit_code, elapsed_us) = (job.exit_code(), start.elapsed().as_micros() as u64);
         match then {
             Then::End => tracing::info!(exit_code, elapsed_us, "job ended"),

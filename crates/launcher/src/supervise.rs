@@ -243,7 +243,8 @@ pub enum Then {
 /// Runs one generation of the job to its end: returns when every rank has ended or has been given up, and is done, and no other
 /// machine needs this one any more, or all start again.
 ///
-/// A rank that belongs to a membership is replaced by itself; where there is a membership, ranks never all start again.
+/// A rank that belongs to a membership is replaced by itself; where there is a membership, ranks all start again only when
+/// nobody has its state any more, and there are checkpoints.
 pub fn supervise(
     job: &mut Job,
     workers: &mut [Worker],
@@ -319,6 +320,10 @@ pub fn supervise(
             job.failed_elsewhere(now, what, exit_code);
         }
         if let Some(what) = replacement.elastic.failure() {
+            if job.goes_on() && replacement.elastic.may_begin_again() {
+                told = Told::Nothing;
+                job.starts_again();
+            }
             job.failed_elsewhere(now, what, LOST_NODE);
         }
         for rank in replacement.elastic.take_stuck() {

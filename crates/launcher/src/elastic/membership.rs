@@ -359,6 +359,8 @@ impl Membership {
         let mut contacts = self.workers.values().filter_map(|worker| worker.contact.as_ref());
         let alone = view.voters.len() == 1;
         if alone && !contacts.any(|contact| view.member(contact.incarnation).is_some()) {
+            let saves = self.job.as_ref().is_some_and(|(wish, _)| wish.checkpoint_every.is_some());
+            self.shared.lock().has_checkpoints = saves;
             self.give_up(format!("all workers of {} were lost, and the state with them", view.epoch));
         }
     }
@@ -563,7 +565,7 @@ mod tests {
     use super::*;
     use crate::news::News;
 
-    const WISH: Wish = Wish { mode: Mode::Slots, slots: None };
+    const WISH: Wish = Wish { mode: Mode::Slots, slots: None, checkpoint_every: None };
 
     /// A job of two ranks on one machine, and what its workers are told.
     struct Rig {

@@ -39,6 +39,8 @@ pub struct Elastic {
     children: Vec<Child>,
     next_child: u32,
     restarts_left: u32,
+    /// How many processes have been replaced.
+    replaced: u32,
     /// Whether ranks are replaced from the beginning: there is no other way to start them again.
     always: bool,
     _listener: Listener,
@@ -81,6 +83,8 @@ struct State {
     stuck: Vec<Child>,
     /// Why the membership cannot go on.
     failed: Option<String>,
+    /// Whether another membership may begin from a checkpoint then.
+    has_checkpoints: bool,
 }
 
 impl Shared {
@@ -135,6 +139,7 @@ impl Elastic {
             children,
             next_child,
             restarts_left,
+            replaced: 0,
             always,
             _listener,
             _folder,
@@ -172,7 +177,19 @@ impl Elastic {
             return Fate::Counts;
         }
         self.restarts_left -= 1;
+        self.replaced += 1;
         Fate::Replaced
+    }
+
+    /// How many processes have been replaced.
+    pub fn replaced(&self) -> u32 {
+        self.replaced
+    }
+
+    /// Whether all ranks may start again after the membership's [`failure`](Self::failure), since there are checkpoints to
+    /// go on from. Of several launchers each ends, and whoever starts it again has the job founded anew.
+    pub fn may_begin_again(&self) -> bool {
+        self.restarts_left > 0 && !self.always && self.shared.lock().has_checkpoints
     }
 
     /// The ranks whose processes do not run on though the others wait for them. Each is named once.

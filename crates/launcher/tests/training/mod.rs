@@ -46,6 +46,12 @@ impl Model {
         Digest::of([&self.weights[..], &self.momentum, &self.counts])
     }
 
+    /// How often the least used sample was used, and the most used one.
+    pub fn used(&self) -> (f64, f64) {
+        let of = |choose: fn(f64, f64) -> f64| self.counts.iter().copied().reduce(choose).unwrap_or(-1.0);
+        (of(f64::min), of(f64::max))
+    }
+
     pub fn take_time(&self) {
         let Some(pace) = &self.pace else { return };
         let quick = fs::read_to_string(pace).ok().and_then(|passes| passes.parse().ok()).unwrap_or(0);
@@ -114,8 +120,7 @@ pub fn train(mode: Mode, args: &[String]) {
     let passes = args[0].parse().expect("a number of passes");
     let end = elastic::train(&config(mode, passes), &mut model).unwrap_or_else(|error| panic!("{error}"));
     if end == End::Complete {
-        let [least, most] = [f64::min, f64::max]
-            .map(|choose: fn(f64, f64) -> f64| model.counts.iter().copied().reduce(choose).unwrap_or(-1.0));
+        let (least, most) = model.used();
         println!("complete digest {} least {least} most {most}", model.digest());
     }
 }

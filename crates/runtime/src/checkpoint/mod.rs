@@ -141,10 +141,43 @@ impl StableStep {
         }
     }
 
+    /// The last step of a process that has nobody to agree with.
+    pub(crate) fn of_one(step: u64) -> Self {
+        Self(step)
+    }
+
     /// Its number.
     pub fn step(&self) -> u64 {
         self.0
     }
+}
+
+/// Asks all ranks whether they are at this step and each is ready to save it. All ranks call it, at the same place among
+/// their collectives. `None` on all ranks when one is not ready. Costs one small all-reduce, and blocks as long as that.
+///
+/// # Errors
+/// [`Error::Usage`] on all ranks when they are at different steps, the collective's.
+pub(crate) fn agree(
+    communicator: &mut Communicator,
+    step: u64,
+    ready: bool,
+) -> Result<Option<StableStep>, crate::Error> {
+    let mut most = [u64::from(!ready), step, !step];
+    communicator.all_reduce(&mut most, ReduceOp::Max)?;
+    let [unready, highest, lowest] = [most[0], most[1], !most[2]];
+    if highest != lowest {
+        let reason = format!("ranks want to save different steps, from {lowest} to {highest}");
+        return Err(Error::Usage { reason }.into());
+    }
+    Ok((unready == 0).then_some(StableStep(step)))
+}
+
+/// Makes the folder for checkpoints, if it is not there.
+///
+/// # Errors
+/// [`Error::Disk`].
+pub(crate) fn make_folder(folder: &Path) -> Result<(), Error> {
+    make_durable_folder(&LocalDisk, folder)
 }
 
 /// What became of this rank's part of a checkpoint.
@@ -246,19 +279,12 @@ impl Checkpointer {
         communicator: &mut Communicator,
         step: u64,
     ) -> Result<Option<StableStep>, crate::Error> {
-        self.collect();
-        let busy = u64::from(self.buffer.is_none());
-        let mut most = [busy, step, !step];
-        communicator.all_reduce(&mut most, ReduceOp::Max)?;
-        let [busy, highest, lowest] = [most[0], most[1], !most[2]];
-        if highest != lowest {
-            let reason = format!("ranks want to save different steps, from {lowest} to {highest}");
-            return Err(Error::Usage { reason }.into());
-        }
-        if busy > 0 {
+        let ready = !self.is_busy();
+        let stable = agree(communicator, step, ready)?;
+        if stable.is_none() {
             self.skip(step);
         }
-        Ok((busy == 0).then_some(StableStep(step)))
+        Ok(stable)
     }
 
     /// Saves the state after a stable step. Copies this rank's share of the tensors and returns; the rest happens in
@@ -290,13 +316,24 @@ impl Checkpointer {
     /// # Errors
     /// [`Error::Busy`] when it has not stopped at the deadline.
     pub fn regroup(&mut self, group: Group) -> Result<(), Error> {
-        self.cancelled.store(true, Ordering::Relaxed);
+        self.cancel();
         self.wait()?;
         self.group = group;
         // A step that was given up in one group may be saved in the next.
         self.last_step = None;
         self.sweep();
         Ok(())
+    }
+
+    /// Stops what is being written, without waiting: it is [busy](Self::is_busy) until that has come to its end. Of a
+    /// checkpoint that all ranks had written their shards of, rank 0 may make it all the same.
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+    }
+
+    /// The ranks that it writes with.
+    pub fn group(&self) -> Group {
+        self.group
     }
 
     /// Whether a checkpoint is being written.
@@ -360,7 +397,7 @@ impl Checkpointer {
     }
 
     /// Says so once, on one rank: a disk that is too slow is so for every step.
-    fn skip(&mut self, step: u64) {
+    pub(crate) fn skip(&mut self, step: u64) {
         self.skipped += 1;
         if self.group.rank == 0 && self.skipped == 1 {
             tracing::warn!(step, "the checkpoint before is still being written, so this one is skipped");
@@ -391,7 +428,7 @@ impl Checkpointer {
 
 impl Drop for Checkpointer {
     fn drop(&mut self) {
-        self.cancelled.store(true, Ordering::Relaxed);
+        self.cancel();
     }
 }
 

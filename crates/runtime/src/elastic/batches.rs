@@ -2,7 +2,7 @@
 
 use crate::Error;
 use crate::membership::{Ledger, Slot};
-use crate::sampler::Sampler;
+use crate::sampler::{Sampler, SamplerState};
 
 /// The batches of a training.
 #[derive(Debug)]
@@ -22,6 +22,19 @@ impl Batches {
             reason: format!("{passes} passes of {per_pass} batches are more than 2^64"),
         })?;
         Ok(Self { sampler, per_pass, total })
+    }
+
+    /// What is dealt, for a checkpoint; where the training is in it is the ledger's affair.
+    pub(super) fn data(&self) -> SamplerState {
+        self.sampler.state(0, 0)
+    }
+
+    /// Whether a checkpoint's batches are these.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] with the difference: counting on would leave samples out and take others twice.
+    pub(super) fn check(&self, data: &SamplerState) -> Result<(), Error> {
+        self.sampler.resume(data).map(drop)
     }
 
     /// The samples of a slot's next batch; none when there is no batch left for it.

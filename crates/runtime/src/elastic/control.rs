@@ -14,13 +14,15 @@ use super::links::{Fence, News, Order};
 use super::pipe::{self, Contact, FromChild, ToChild};
 use super::pool::Pool;
 use super::program::{Gradient, Stable};
+use super::saver::{self, Saving};
 use super::sum::Shares;
 use super::training::Inputs;
 use super::{End, draw};
 use crate::Error;
+use crate::checkpoint::{Group, StableStep};
 use crate::membership::{
-    Epoch, Evidence, Incarnation, PeerMessage, Progress, Slot, Step, Transfer, View, Worker, WorkerAction,
-    WorkerEvent,
+    Epoch, Evidence, Incarnation, PeerMessage, Progress, Slot, Step, ToWorker, Transfer, View, Worker,
+    WorkerAction, WorkerEvent,
 };
 
 /// How long links that have failed by nobody's fault may wait for a view change: whoever has ended them early is told
@@ -58,12 +60,37 @@ pub(super) enum Input<G> {
 
 /// What the program's thread is to do, in this order.
 pub(super) enum Command<G> {
-    Compute { from: Progress, slots: Vec<Slot> },
-    Apply { mean: Arc<Vec<G>>, present: BTreeSet<Slot> },
+    Compute {
+        from: Progress,
+        slots: Vec<Slot>,
+    },
+    Apply {
+        mean: Arc<Vec<G>>,
+        present: BTreeSet<Slot>,
+    },
     Load(Vec<u8>),
-    Save { to: Incarnation, transfer: Transfer },
+    Save {
+        to: Incarnation,
+        transfer: Transfer,
+    },
     Stable(Stable),
+    /// Save the state, which is the one after that step and has this lineage.
+    Checkpoint {
+        stable: StableStep,
+        lineage: u64,
+        group: Group,
+    },
+    /// The members of whose state something is being saved are not members together any more.
+    StopSaving,
     End(Result<End, Error>),
+}
+
+/// What is known about the step after a state, besides the inputs.
+struct Coming {
+    from: Progress,
+    /// The slots without a batch.
+    idle: Vec<Slot>,
+    saving: Saving,
 }
 
 /// The result of the step that led to the present state.
@@ -105,9 +132,8 @@ pub(super) struct Control<G> {
     copying: BTreeMap<Incarnation, Transfer>,
     /// The inputs of the next step.
     kept: BTreeMap<Slot, Arc<Vec<G>>>,
-    /// The slots without a batch at the next step, and the state for which that is known.
-    idle: Option<(Progress, Vec<Slot>)>,
-    /// A step that is to run as soon as the idle slots are known, which a member without slots has to ask for.
+    coming: Option<Coming>,
+    /// A step that is to run as soon as that is known, which a member without slots has to ask for.
     waiting: Option<(Epoch, Step)>,
     /// Since when the links of an epoch have failed without anybody to accuse.
     broken: Option<(Epoch, Instant, String)>,
@@ -117,6 +143,8 @@ pub(super) struct Control<G> {
     received: Option<(Vec<Slot>, Vec<u8>)>,
     result: Option<Kept<G>>,
     finished: bool,
+    /// The state that the job was founded with, if this worker was there.
+    founded_from: Option<Progress>,
     /// When something last came in of a transfer, and when the launcher was last told that something is under way.
     received_at: Option<Instant>,
     moving_said: Option<Instant>,
@@ -147,13 +175,14 @@ impl<G: Gradient> Control<G> {
             linked: (Epoch(0), BTreeSet::new()),
             copying: BTreeMap::new(),
             kept: BTreeMap::new(),
-            idle: None,
+            coming: None,
             waiting: None,
             broken: None,
             reduced: None,
             received: None,
             result: None,
             finished: false,
+            founded_from: None,
             received_at: None,
             moving_said: None,
             todo: first.into(),
@@ -208,8 +237,10 @@ impl<G: Gradient> Control<G> {
                 self.tell_core(WorkerEvent::Received { from, transfer });
                 self.received = None;
             }
-            Input::Links(News::Reduced { epoch, step, mean }) => {
+            Input::Links(News::Reduced { epoch, step, mean, saved }) => {
                 if self.core.runs_now(epoch, step) {
+                    // Before the step is applied: the program's state is still the one that all have.
+                    saved.into_iter().for_each(|stable| self.checkpoint(stable));
                     if self.linked.0 != epoch {
                         self.linked = (epoch, self.members().collect());
                     }
@@ -234,7 +265,7 @@ impl<G: Gradient> Control<G> {
                 if self.core.progress() == Some(from) {
                     let slots = inputs.of.iter().map(|(slot, _)| *slot).collect();
                     self.kept.extend(inputs.of);
-                    self.idle = Some((from, inputs.idle));
+                    self.coming = Some(Coming { from, idle: inputs.idle, saving: inputs.saving });
                     self.tell_core(WorkerEvent::Submitted { from, slots });
                     if let Some((epoch, step)) =
                         self.waiting.take().filter(|&(e, s)| self.core.runs_now(e, s))
@@ -291,7 +322,15 @@ impl<G: Gradient> Control<G> {
                 self.book.remove(incarnation);
                 self.exchange.forget(incarnation);
             }
-            ToChild::Says(message) => self.tell_core(WorkerEvent::Launcher(message)),
+            ToChild::Says(message) => {
+                if let ToWorker::Install(decision) = &message
+                    && self.core.decision().is_none()
+                    && decision.view.member(self.core.incarnation()).is_some()
+                {
+                    self.founded_from = Some(decision.resolution.state());
+                }
+                self.tell_core(WorkerEvent::Launcher(message));
+            }
             ToChild::Finished => {
                 self.end = Some(Ok(if self.finished { End::Complete } else { End::Elsewhere }));
             }
@@ -322,7 +361,8 @@ impl<G: Gradient> Control<G> {
     fn on_unformed(&mut self, missing: &[Incarnation], reason: String) {
         let me = self.core.incarnation();
         let begins = self.core.decision().map(|decision| decision.resolution.state());
-        let before_the_first = begins == Some(Progress::START);
+        let before_the_first =
+            begins == Some(Progress::START) || begins.is_some() && begins == self.founded_from;
         let lost: Vec<Incarnation> = if self.linked.1.contains(&me) {
             self.members().filter(|member| !self.linked.1.contains(member)).collect()
         } else if before_the_first && !self.is_cut_off(missing) {
@@ -400,7 +440,10 @@ impl<G: Gradient> Control<G> {
                 self.view = Some(view.clone());
                 self.order(Order::Open { view, me: self.core.incarnation() });
             }
-            WorkerAction::Close(epoch) => self.fence.close(epoch),
+            WorkerAction::Close(epoch) => {
+                self.fence.close(epoch);
+                self.command(Command::StopSaving);
+            }
             WorkerAction::Compute { from, slots } => self.command(Command::Compute { from, slots }),
             WorkerAction::Run { epoch, step, slots } => self.run_step(epoch, step, &slots),
             WorkerAction::Apply(step) => {
@@ -424,13 +467,20 @@ impl<G: Gradient> Control<G> {
 
     fn run_step(&mut self, epoch: Epoch, step: Step, slots: &[Slot]) {
         let (Some(view), Some(from)) = (&self.view, self.core.progress()) else { return };
-        let Some((_, idle)) = self.idle.as_ref().filter(|(state, _)| *state == from) else {
+        let Some(coming) = self.coming.as_ref().filter(|coming| coming.from == from) else {
             self.waiting = Some((epoch, step));
             return self.command(Command::Compute { from, slots: Vec::new() });
         };
-        let shares = Shares::of(view, idle);
+        let (shares, saving) = (Shares::of(view, &coming.idle), coming.saving);
         let inputs = slots.iter().filter_map(|slot| self.kept.get(slot).cloned()).collect();
-        self.order(Order::Run { epoch, step, shares, inputs });
+        self.order(Order::Run { epoch, step, shares, inputs, saving });
+    }
+
+    /// Has the program save its state with the other members of the view.
+    fn checkpoint(&mut self, stable: StableStep) {
+        let (Some(view), Some(state)) = (&self.view, self.core.progress()) else { return };
+        let Some(group) = saver::group(view, self.core.incarnation()) else { return };
+        self.command(Command::Checkpoint { stable, lineage: state.lineage, group });
     }
 
     fn apply(&mut self, step: Step, mean: Arc<Vec<G>>, present: Vec<Slot>) {

@@ -15,8 +15,10 @@ use tokio::sync::watch;
 use super::book::Book;
 use super::pool::Pool;
 use super::program::Gradient;
+use super::saver::Saving;
 use super::sum::{self, Shares};
 use crate::Error;
+use crate::checkpoint::StableStep;
 use crate::membership::{Epoch, Evidence, Incarnation, Step, View};
 
 /// How long the links of a view may take. Members learn of it within milliseconds of each other, and links take tens of
@@ -26,7 +28,7 @@ const FORMING_LIMIT: Duration = Duration::from_secs(5);
 /// What the data plane is to do.
 pub(super) enum Order<G> {
     Open { view: View, me: Incarnation },
-    Run { epoch: Epoch, step: Step, shares: Shares, inputs: Vec<Arc<Vec<G>>> },
+    Run { epoch: Epoch, step: Step, shares: Shares, inputs: Vec<Arc<Vec<G>>>, saving: Saving },
 }
 
 /// What has become of it.
@@ -35,19 +37,13 @@ pub(super) enum News<G> {
         epoch: Epoch,
         step: Step,
         mean: Vec<G>,
+        /// The step before, if all members save the state after it.
+        saved: Option<StableStep>,
     },
     /// Not all links of that epoch could be made; `missing` are those to whom, as far as is known.
-    Unformed {
-        epoch: Epoch,
-        missing: Vec<Incarnation>,
-        reason: String,
-    },
+    Unformed { epoch: Epoch, missing: Vec<Incarnation>, reason: String },
     /// The communicator of that epoch has failed; `lost` are those whose fault it seems to be.
-    Failed {
-        epoch: Epoch,
-        lost: Vec<(Incarnation, Evidence)>,
-        reason: String,
-    },
+    Failed { epoch: Epoch, lost: Vec<(Incarnation, Evidence)>, reason: String },
 }
 
 /// Where a worker's links are made.
@@ -131,14 +127,17 @@ impl Links {
                         Err(error) => unformed(&view, &error),
                     }
                 }
-                Order::Run { epoch, step, shares, inputs } => {
+                Order::Run { epoch, step, shares, inputs, saving } => {
                     let Some((view, communicator)) = open.as_mut().filter(|(view, _)| view.epoch == epoch)
                     else {
                         continue;
                     };
-                    match sum::mean(communicator, &shares, &inputs, pool.take()) {
-                        Ok(mean) => News::Reduced { epoch, step, mean },
-                        Err(error) => failed(view, &error.into()),
+                    let reduced = sum::mean(communicator, &shares, &inputs, pool.take())
+                        .map_err(Error::from)
+                        .and_then(|mean| Ok((mean, saving.agree(communicator, step)?)));
+                    match reduced {
+                        Ok((mean, saved)) => News::Reduced { epoch, step, mean, saved },
+                        Err(error) => failed(view, &error),
                     }
                 }
             };

@@ -20,7 +20,7 @@ use super::program::Program;
 use super::training::Training;
 use super::{Config, End, Stop, draw};
 use crate::env::{self, ElasticEnv};
-use crate::membership::{Progress, Worker};
+use crate::membership::Worker;
 use crate::{Error, renewal};
 
 /// How long the launcher may take to answer. It does so at once.
@@ -36,7 +36,8 @@ pub(super) fn train<P: Program>(
     program: &mut P,
     stop: &Stop,
 ) -> Result<End, Error> {
-    let wish = Wish { mode: config.mode, slots: config.slots };
+    let checkpoint_every = config.checkpoint.as_ref().map(|_| config.checkpoint_every);
+    let wish = Wish { mode: config.mode, slots: config.slots, checkpoint_every };
     let (pipe, welcome) = attach(env, wish)?;
     let pipe = Arc::new(pipe);
     let identity = renewal::read(&env.identity)
@@ -45,7 +46,8 @@ pub(super) fn train<P: Program>(
     let renewed = io.handle().spawn(renewal::follow(env.identity.clone(), identity.clone()));
     let door = open_door(&io, &identity, &welcome)?;
     let endpoint = tls::Endpoint::bind(&io.handle(), SocketAddr::new(welcome.listen, 0), &identity)?;
-    let mut training = Training::new(program, config.batches()?, welcome.job.slots);
+    let mut training = Training::new(program, config, welcome.job.slots)?;
+    let state = welcome.begins.then(|| training.resume()).transpose()?;
 
     let me = draw();
     let contact = Contact {
@@ -81,8 +83,7 @@ pub(super) fn train<P: Program>(
     let news = inputs.clone();
     spawn("link-news", move || telling.into_iter().for_each(|told| drop(news.send(Input::Links(told)))))?;
     let start = Instant::now();
-    let (core, first) =
-        Worker::new(welcome.job, me, welcome.begins.then_some(Progress::START), Duration::ZERO);
+    let (core, first) = Worker::new(welcome.job, me, state, Duration::ZERO);
     let core = (core.with_state_worth(state_worth(training.state_size(), limits.result)), first);
     let wires = Wires { pipe: pipe.clone(), orders, commands };
     let control = Control::new(core, start, wires, (book, exchange, fence), contact, training.pool().clone());
@@ -93,6 +94,9 @@ pub(super) fn train<P: Program>(
     let abandon = Abandon(inputs.clone());
     let end = serve(&mut training, &commanded, &inputs);
     drop(abandon);
+    if end == Ok(End::Complete) {
+        training.finish_saving();
+    }
     // It ends by itself once the program is told or does not listen.
     let _ = control.join();
     renewed.abort();
@@ -198,7 +202,8 @@ fn serve<P: Program>(
         match command {
             Command::Compute { .. } if training.is_closed() => {}
             Command::Compute { from, slots } => {
-                let _ = inputs.send(Input::Submitted { from, inputs: training.inputs(&slots)? });
+                let _ =
+                    inputs.send(Input::Submitted { from, inputs: training.inputs(from.applied, &slots)? });
             }
             Command::Apply { mean, present } => training.apply(&mean, &present),
             Command::Load(copy) => training.load(&copy)?,
@@ -206,6 +211,8 @@ fn serve<P: Program>(
                 let _ = inputs.send(Input::Saved { to, transfer, copy: training.save()? });
             }
             Command::Stable(stable) => training.program().stable(&stable),
+            Command::Checkpoint { stable, lineage, group } => training.checkpoint(stable, lineage, group),
+            Command::StopSaving => training.stop_saving(),
             // The others were not waited for any longer, but there is nothing that this one lacks.
             Command::End(Ok(End::Elsewhere)) if training.is_closed() => return Ok(End::Complete),
             Command::End(end) => return end,
@@ -250,8 +257,7 @@ mod tests {
     /// How a training of one batch ends here that is told so many steps, and then that it is complete elsewhere.
     fn end_after(steps: usize) -> Result<End, Error> {
         let mut program = Counter(vec![0.0]);
-        let batches = Config::new(4, 4).batches()?;
-        let mut training = Training::new(&mut program, batches, 1);
+        let mut training = Training::new(&mut program, &Config::new(4, 4), 1)?;
         let (inputs, _heard) = channel();
         let (commands, commanded) = channel();
         for _ in 0..steps {

@@ -36,6 +36,9 @@
 //! Under `paceline run -n 4 --max-restarts 3 -- program` a worker that dies is started again, takes the state from the
 //! others while they go on, and enters between two steps.
 //!
+//! For the case that all are lost there are [checkpoints](Config::checkpoint): with a folder for them the members save the
+//! state there now and then, and a job that begins with one goes on from it.
+//!
 //! # Threads
 //! | thread | what |
 //! |---|---|
@@ -56,6 +59,7 @@ mod member;
 pub mod pipe;
 mod pool;
 mod program;
+mod saver;
 mod stop;
 mod sum;
 mod training;
@@ -63,8 +67,11 @@ mod training;
 pub use program::{Gradient, Program, Stable, Tensor};
 pub use stop::Stop;
 
+use std::path::PathBuf;
+
 use batches::Batches;
 
+use crate::checkpoint::Settings;
 use crate::env::{self, ElasticEnv};
 use crate::membership::{Incarnation, MAX_SLOTS, Mode};
 use crate::{Error, membership};
@@ -87,12 +94,32 @@ pub struct Config {
     /// The number of slots, the logical workers of the job; as many as workers at the start by default. The gradient of a
     /// step is the mean over slots, so a job with as many slots has the same weights on any number of workers.
     pub slots: Option<u16>,
+    /// The folder for checkpoints, which all workers see on whatever machine they are, and which belongs to one job; none by
+    /// default. A training that begins goes on from the newest one that is whole. The members share the work of writing
+    /// them, in the background, and only stable steps are saved. What cannot be saved is an error in the log, and training
+    /// goes on.
+    pub checkpoint: Option<PathBuf>,
+    /// After how many steps each the state is saved, if there is a folder for it: 100 by default. It is also saved when the
+    /// training is complete. While one is still being written, the next is left out.
+    pub checkpoint_every: u64,
+    /// How many checkpoints are kept, and how long members wait for each other's part of one.
+    pub checkpoint_settings: Settings,
 }
 
 impl Config {
     /// One pass over `samples` samples, with `batch` of them for each slot in each step.
     pub fn new(samples: usize, batch: usize) -> Self {
-        Self { samples, batch, passes: 1, seed: 0, mode: Mode::Slots, slots: None }
+        Self {
+            samples,
+            batch,
+            passes: 1,
+            seed: 0,
+            mode: Mode::Slots,
+            slots: None,
+            checkpoint: None,
+            checkpoint_every: 100,
+            checkpoint_settings: Settings::default(),
+        }
     }
 
     fn check(&self) -> Result<(), Error> {
@@ -101,6 +128,9 @@ impl Config {
             Some(0) => usage("a job without slots computes nothing; choose at least one".to_owned()),
             Some(slots) if usize::from(slots) > MAX_SLOTS => {
                 usage(format!("{slots} slots are more than {MAX_SLOTS}"))
+            }
+            _ if self.checkpoint_every == 0 => {
+                usage("a checkpoint after each 0 steps is never made; choose at least 1".to_owned())
             }
             _ if self.mode == Mode::Spare => {
                 usage("Mode::Spare is not built yet; choose Mode::Slots or Mode::Shrink".to_owned())

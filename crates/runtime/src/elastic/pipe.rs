@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use crate::membership::{FromWorker, Incarnation, Job, Mode, ToWorker};
 
 /// The version of these messages: both sides are of one installation, but a program may have been linked long ago.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 
 /// Where an admission of a worker is reached by the others.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,6 +45,8 @@ pub struct Wish {
     pub mode: Mode,
     /// The number of slots; as many as workers at the start if that is not said.
     pub slots: Option<u16>,
+    /// After how many steps each a checkpoint is made, if any are: members agree on each of them.
+    pub checkpoint_every: Option<u64>,
 }
 
 /// From a worker to its launcher.
@@ -143,7 +145,7 @@ mod tests {
     #[test]
     fn messages_come_out_as_they_went_in_and_the_end_is_none() {
         let (one, other) = UnixStream::pair().expect("a pair of sockets");
-        let wish = Wish { mode: Mode::Slots, slots: Some(7) };
+        let wish = Wish { mode: Mode::Slots, slots: Some(7), checkpoint_every: None };
         let said = [FromChild::Attach { version: VERSION, child: 3, wish }, FromChild::Finished];
         said.iter().for_each(|message| send(&one, message).expect("there is room"));
         drop(one);

@@ -6,12 +6,15 @@ use std::sync::Arc;
 use paceline_transport::wire;
 use serde::{Deserialize, Serialize};
 
+use super::Config;
 use super::batches::Batches;
 use super::pool::Pool;
 use super::program::{Gradient, Program};
+use super::saver::{Position, Saver, Saving};
 use crate::Error;
+use crate::checkpoint::{Group, StableStep};
 use crate::digest::Digest;
-use crate::membership::{Ledger, Slot};
+use crate::membership::{Ledger, Progress, Slot, Step};
 
 /// A program that is trained, on the thread that calls it.
 pub(super) struct Training<'p, P: Program> {
@@ -23,6 +26,7 @@ pub(super) struct Training<'p, P: Program> {
     /// Whether the closing step has been applied: one without inputs after all batches are done, which makes the last
     /// step stable.
     closed: bool,
+    saver: Option<Saver>,
 }
 
 /// The inputs of a step for some slots.
@@ -30,6 +34,8 @@ pub(super) struct Inputs<G> {
     pub(super) of: Vec<(Slot, Arc<Vec<G>>)>,
     /// All slots of the job for which there is no batch at this step.
     pub(super) idle: Vec<Slot>,
+    /// Whether the state before this step is to be saved.
+    pub(super) saving: Saving,
 }
 
 /// What stands before the tensors in a copy of a state.
@@ -46,9 +52,49 @@ const HEADER_LIMIT: usize = wire::MESSAGE_LIMIT + PREFIX_BYTES;
 const PREFIX_BYTES: usize = 4;
 
 impl<'p, P: Program> Training<'p, P> {
-    pub(super) fn new(program: &'p mut P, batches: Batches, slots: u16) -> Self {
+    pub(super) fn new(program: &'p mut P, config: &Config, slots: u16) -> Result<Self, Error> {
         let pool = Pool::new(program.gradient_len() + 1);
-        Self { program, batches, pool, ledger: Ledger::new(slots), slots, closed: false }
+        let saver = Saver::new(config, program.state())?;
+        let (batches, ledger) = (config.batches()?, Ledger::new(slots));
+        Ok(Self { program, batches, pool, ledger, slots, closed: false, saver })
+    }
+
+    /// Goes on from the newest checkpoint that is whole, if there are any. Where the training is then.
+    pub(super) fn resume(&mut self) -> Result<Progress, Error> {
+        let Some(saver) = &mut self.saver else { return Ok(Progress::START) };
+        let Some((step, position)) = saver.resume(self.program.state())? else { return Ok(Progress::START) };
+        let Position { lineage, ledger, data } = position;
+        self.batches.check(&data)?;
+        let slots = ledger.slots();
+        if slots != self.slots {
+            tracing::warn!(
+                slots,
+                now = self.slots,
+                "the checkpoint is of a job with another number of slots: each sample is still used once, but the \
+                 bits are not those of a job with one number; Config::slots fixes it"
+            );
+        }
+        self.ledger = ledger.for_slots(self.slots);
+        tracing::info!(step, "going on from a checkpoint");
+        Ok(Progress { applied: Step(step), lineage })
+    }
+
+    /// Saves the state, which is the one after this step, with the others of the group.
+    pub(super) fn checkpoint(&mut self, stable: StableStep, lineage: u64, group: Group) {
+        if let Some(saver) = &mut self.saver {
+            let position = Position { lineage, ledger: self.ledger.clone(), data: self.batches.data() };
+            saver.save(stable, group, self.program.state(), &position);
+        }
+    }
+
+    /// Gives up what is being saved, without waiting.
+    pub(super) fn stop_saving(&mut self) {
+        self.saver.iter().for_each(Saver::stop);
+    }
+
+    /// Waits for what is being saved.
+    pub(super) fn finish_saving(&mut self) {
+        self.saver.take().into_iter().for_each(Saver::finish);
     }
 
     /// The number of elements of an input: the gradient and the loss.
@@ -79,8 +125,8 @@ impl<'p, P: Program> Training<'p, P> {
         self.program
     }
 
-    /// Computes the inputs of the next step for these slots.
-    pub(super) fn inputs(&mut self, slots: &[Slot]) -> Result<Inputs<P::Gradient>, Error> {
+    /// Computes the inputs of the step after that one for these slots.
+    pub(super) fn inputs(&mut self, after: Step, slots: &[Slot]) -> Result<Inputs<P::Gradient>, Error> {
         let mut of = Vec::with_capacity(slots.len());
         for &slot in slots {
             let mut input = self.pool.take_zeroed();
@@ -91,7 +137,9 @@ impl<'p, P: Program> Training<'p, P> {
             of.push((slot, Arc::new(input)));
         }
         let idle = (0..self.slots).filter(|&slot| self.batches.is_idle(&self.ledger, slot)).collect();
-        Ok(Inputs { of, idle })
+        let is_last = self.batches.are_done(&self.ledger);
+        let saving = self.saver.as_mut().map_or(Saving::NotDue, |saver| saver.turn(after, is_last));
+        Ok(Inputs { of, idle, saving })
     }
 
     /// Applies the mean of a step to which these slots have contributed.

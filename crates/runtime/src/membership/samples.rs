@@ -68,6 +68,19 @@ impl Ledger {
             && self.redo.iter().all(|&batch| batch < self.cursor)
     }
 
+    /// The number of slots.
+    pub(crate) fn slots(&self) -> u16 {
+        self.slots
+    }
+
+    /// The same batches for a job with another number of slots, which is at least 1: what was done stays done, and what
+    /// must be done again is dealt first.
+    #[must_use]
+    pub fn for_slots(self, slots: u16) -> Self {
+        let first = self.first % slots;
+        Self { slots, first, ..self }
+    }
+
     /// The batch that a slot takes at the next step: the oldest that must be done again, then new ones. It
     /// depends on the slot alone and not on who is there. `slot` is less than the number of slots.
     pub fn batch(&self, slot: Slot) -> u64 {
@@ -129,6 +142,34 @@ mod tests {
                 prop_assert!(waiting.is_disjoint(&committed));
                 prop_assert_eq!((waiting.len() + committed.len()) as u64, ledger.dealt());
             }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(300))]
+
+        #[test]
+        fn another_number_of_slots_leaves_no_batch_out_and_does_none_twice(
+            jobs in prop::collection::vec(
+                (1u16..6, prop::collection::vec(prop::collection::btree_set(0u16..6, 0..6), 0..10)), 1..5,
+            ),
+        ) {
+            let mut ledger = Ledger::new(1);
+            let mut committed = BTreeSet::new();
+            for (slots, steps) in jobs {
+                ledger = ledger.for_slots(slots);
+                prop_assert!(ledger.fits(slots));
+                for contributors in steps {
+                    let contributors: BTreeSet<Slot> = contributors.into_iter().filter(|&slot| slot < slots).collect();
+                    for &slot in &contributors {
+                        prop_assert!(committed.insert(ledger.batch(slot)), "a batch in two steps");
+                    }
+                    ledger.commit(&contributors);
+                }
+            }
+            let waiting: BTreeSet<u64> = ledger.redo().collect();
+            prop_assert!(waiting.is_disjoint(&committed));
+            prop_assert_eq!((waiting.len() + committed.len()) as u64, ledger.dealt());
         }
     }
 

@@ -139,6 +139,8 @@ pub struct Worker {
     /// when it lacks the one that the newest view began with.
     holder: bool,
     current: Option<Progress>,
+    /// The state that it has made or loaded by itself, until it knows a view: the job may have begun from another one.
+    own: Option<Progress>,
     /// The state before `current`, as long as the result between them is kept.
     previous: Option<Progress>,
     stable: Step,
@@ -218,6 +220,7 @@ impl Worker {
             standing: Standing::Outside,
             holder: false,
             current: state,
+            own: state,
             previous: None,
             stable: state.map_or(Step(0), |progress| progress.applied),
             submitted: BTreeSet::new(),
@@ -345,7 +348,9 @@ impl Worker {
     fn on_time(&mut self) {
         if self.now >= self.beat_at {
             self.beat_at = self.now + self.job.timing.heartbeat;
-            self.act(WorkerAction::Launcher(FromWorker::Beat { stable: self.stable }));
+            // Of this job only: what it has loaded by itself may be of another one.
+            let stable = if self.own.is_some() { Step(0) } else { self.stable };
+            self.act(WorkerAction::Launcher(FromWorker::Beat { stable }));
         }
         if self.ask_at.is_some_and(|at| self.now >= at) {
             self.ask();
@@ -397,6 +402,7 @@ impl Worker {
         self.followers.clear();
         let view = decision.view.clone();
         self.decision = Some(decision);
+        let own = self.own.take();
         if view.member(self.me).is_some() {
             self.asked_to_enter = None;
             self.standing = Standing::Behind;
@@ -406,8 +412,10 @@ impl Worker {
         } else if self.standing != Standing::Outside || self.asked_to_enter.is_some() {
             self.fenced();
         } else {
-            // What it has made itself need not be what the job began with.
-            self.current = self.current.filter(|state| *state != Progress::START);
+            // What it has made or loaded by itself need not be what the job began with.
+            if own.is_some() {
+                (self.current, self.stable) = (None, Step(0));
+            }
             self.ask();
         }
     }

@@ -61,6 +61,24 @@ fn a_newcomer_asks_the_next_one_when_the_first_says_nothing() {
     assert_ne!(asks(worker.handle(1600 * MS, WorkerEvent::Tick)), Some(next));
 }
 
+#[test]
+fn what_a_worker_has_loaded_itself_counts_for_nothing_in_a_job_that_goes_on() {
+    let (mode, fence, timing) = (Mode::Slots, Fence::Majority, Timing::default());
+    let job = Job { seats: 1, workers_per_launcher: 4, slots: 3, mode, fence, timing };
+    let loaded = Progress { applied: Step(400), lineage: 3 };
+    let (mut worker, _) = Worker::new(job, NEWCOMER, Some(loaded), Duration::ZERO);
+    let said = worker.handle(Duration::ZERO, WorkerEvent::Tick);
+    let beat = WorkerAction::Launcher(FromWorker::Beat { stable: Step(0) });
+    assert!(said.contains(&beat), "no view of this job is to wait for that step: {said:?}");
+    let actions = worker.handle(Duration::ZERO, WorkerEvent::Launcher(ToWorker::Install(decision())));
+    assert_eq!(worker.progress(), None);
+    let asked = asks(actions).expect("it wants the state");
+    let state = decision().resolution.state();
+    let transfer = Transfer::State { state };
+    worker.handle(Duration::ZERO, WorkerEvent::Received { from: asked, transfer });
+    assert_eq!(worker.progress(), Some(state), "though it is of an earlier step");
+}
+
 /// A member that has made no step in its view yet, and to which a state is worth so many results.
 fn member(state_worth: u64) -> Worker {
     let (mode, fence, timing) = (Mode::Slots, Fence::Majority, Timing::default());
