@@ -22,6 +22,7 @@ mod siege;
 mod step;
 mod suites;
 mod system;
+mod tensorflow;
 mod torch;
 mod torchrun;
 mod workspace;
@@ -56,8 +57,10 @@ enum Task {
     FlightRecorder,
     /// The tests that run the launcher beside PyTorch's torchrun; installs it
     Torchrun(torchrun::Options),
+    /// The tests that run TensorFlow's own training under the launcher; installs it
+    Tensorflow,
     /// Build the launcher as one file without any library, and start it where there is nothing else
-    Dist,
+    Dist(dist::Options),
     /// Run a program as the ranks of a job on N hosts of this machine, over links as asked for; needs root
     Hosts(hosts::Options),
     /// What continuous integration runs: style, documentation, every test, instruction counts, the demo
@@ -89,7 +92,8 @@ fn main() -> ExitCode {
         Task::Gpu => gpu::run(),
         Task::FlightRecorder => flight_recorder::run(),
         Task::Torchrun(options) => torchrun::run(&options),
-        Task::Dist => dist::run(),
+        Task::Tensorflow => tensorflow::run(),
+        Task::Dist(options) => dist::run(&options),
         Task::Hosts(options) => hosts::run(&options),
         Task::Ci => ci::run(),
         Task::Check => checks::run(),

@@ -1,236 +1,16 @@
-//! The launchers of a job of several nodes: who may come, what they tell each other, whose failure it was.
-//!
-//! Launcher 0 serves the rendezvous; every other launcher stays connected to it for as long as it has ranks.
-//! Ranks start when all launchers are there, so that a node that does not come is one line and not a hundred.
-//!
-//! ```text
-//! launcher of node 2                        launcher 0
-//! Attend{claim, after}          ─────▶  after: the generation that it has been part of, if launcher 0 was lost
-//!                               ◀─────  Waiting{missing}
-//! Beat                          ─────▶
-//!                               ◀─────  Start{generation} | Refused{reason}
-//! Died{rank, …} | Exited{rank}  ─────▶  told to all workers and launchers
-//!                               ◀─────  Failed{failure}     the first of the job, wherever it was
-//! Ended | Left                  ─────▶  no rank runs here any more, or ever will
-//!                               ◀─────  Verdict{cause}      what the job failed of, if it has
-//!                               ◀─────  or Waiting{missing} and Start again: the next generation of the job
-//! Beat                          ◀────▶  every half second; silence for 5 s is a loss
-//! ```
-//! Where fewer nodes will do, the job starts with those that are there when no other one has come for a while; the nodes
-//! that take part, in their order, have its ranks. A launcher that comes later is told to all as if it were a failure,
-//! and the next generation is one with it.
-//!
-//! A launcher that loses launcher 0 may come again, to another one at the same place, which goes on with the generation
-//! after the last one that any of them has been part of.
-//!
-//! What is decided is decided in `Seats` and `Causes`, which have neither clock nor network.
+//! Who may come, and when the job starts.
 
-use std::collections::BTreeMap;
-use std::fmt;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use paceline_transport::IoHandle;
 use paceline_transport::boot::{Claim, Verdict};
-use paceline_transport::tls::{Connection, Dialler, MessageReceiver, MessageSender};
-use serde::{Deserialize, Serialize};
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-use crate::Error;
-use crate::rendezvous::{LAUNCHER, dial, worker};
-
-/// How often launchers tell each other that they are alive, and how long one may be silent. A launcher is
-/// not where the work is; a machine so busy that it says nothing for 5 s trains nothing either.
-pub(crate) const BEAT: Duration = Duration::from_millis(500);
-pub(crate) const SILENCE: Duration = Duration::from_secs(5);
-
-/// How long a place that is taken may take to become free: a launcher that was killed is missed after 5 s, and that of
-/// a job before goes when its ranks have had their grace.
-pub const TAKEN: Duration = Duration::from_secs(30);
-
-/// The pause between two attempts at a place that is taken.
-const TAKEN_PAUSE: Duration = Duration::from_secs(1);
+use super::{Generation, Past, Terms, launcher, quote};
+use crate::rendezvous::worker;
 
 /// How long a node that has its certificates may take to attend.
 const PROMISE: Duration = Duration::from_secs(10);
-
-/// The exit code of a job that has lost a launcher, and with it a machine or a pod: 128 + SIGUSR1, which
-/// the training operators take for "start again" in all their versions.
-pub const LOST_NODE: u8 = 138;
-
-/// The member name of the launcher of a node.
-pub fn launcher(node: usize) -> String {
-    format!("launcher-{node}")
-}
-
-pub(crate) fn node_of(member: &str) -> Option<u32> {
-    member.strip_prefix("launcher-")?.parse().ok()
-}
-
-/// How the ranks are spread: node n has the ranks from n × ranks per node on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Layout {
-    /// How many nodes, at least one.
-    pub nodes: usize,
-    /// How many ranks on each, at least one.
-    pub ranks_per_node: usize,
-}
-
-impl Layout {
-    /// The ranks of one host.
-    pub fn one_host(ranks: usize) -> Self {
-        Self { nodes: 1, ranks_per_node: ranks }
-    }
-
-    /// The number of ranks.
-    pub fn world_size(self) -> usize {
-        self.nodes * self.ranks_per_node
-    }
-
-    /// The ranks of a node.
-    pub fn ranks(self, node: usize) -> std::ops::Range<usize> {
-        node * self.ranks_per_node..(node + 1) * self.ranks_per_node
-    }
-}
-
-/// What all launchers of a job must have been started with.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Terms {
-    /// How the ranks are spread when all nodes are there.
-    pub layout: Layout,
-    /// With how many nodes the job runs too.
-    pub least_nodes: usize,
-    /// How long it then waits for another one since the last has come.
-    pub last_call: Duration,
-    /// The name of the run.
-    pub run_id: String,
-}
-
-/// One start of all ranks of the job.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Generation {
-    /// How many there have been before.
-    pub number: u32,
-    /// How many of those have ended because another node came.
-    pub changes: u32,
-    /// How many may end in a failure and be followed by another one, as launcher 0 was told.
-    pub max_restarts: u32,
-    /// The nodes that take part, in the order of their ranks.
-    pub nodes: Vec<u32>,
-    /// Where the programs meet by themselves, if they do: a name or an address of node 0,
-    pub master_addr: String,
-    /// and a port there, which is no other generation's.
-    pub master_port: u16,
-}
-
-impl Generation {
-    /// How often the job has started again after a failure.
-    pub fn restarts(&self) -> u32 {
-        self.number.saturating_sub(self.changes)
-    }
-
-    /// How often it may do so again.
-    pub fn restarts_left(&self) -> u32 {
-        self.max_restarts.saturating_sub(self.restarts())
-    }
-
-    /// The place of a node among those that take part.
-    pub fn place(&self, node: u32) -> Option<u32> {
-        self.nodes.iter().position(|&other| other == node).map(|place| place as u32)
-    }
-
-    /// What another launcher 0 has to know of it.
-    pub fn past(&self) -> Past {
-        Past { number: self.number, changes: self.changes }
-    }
-
-    /// With another launcher's words made fit for an environment variable.
-    fn quoted(self) -> Self {
-        Self { master_addr: quote(&self.master_addr), ..self }
-    }
-}
-
-/// The last generation that a launcher has been part of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Past {
-    /// See [`Generation::number`].
-    pub number: u32,
-    /// See [`Generation::changes`].
-    pub changes: u32,
-}
-
-/// What made a job fail.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Failure {
-    /// Where it was.
-    pub node: u32,
-    /// The rank that failed; none when the launcher of the node was lost.
-    pub rank: Option<u32>,
-    /// How, as the end of a sentence: `exited with code 3`.
-    pub cause: String,
-    /// The exit code of the job on that account.
-    pub exit_code: u8,
-}
-
-impl Failure {
-    /// With another launcher's words made fit for one line, and an exit code that is one of a failure.
-    fn quoted(self) -> Self {
-        Self { cause: quote(&self.cause), exit_code: self.exit_code.max(1), ..self }
-    }
-}
-
-impl fmt::Display for Failure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { node, rank, cause, .. } = self;
-        match rank {
-            Some(rank) => write!(f, "rank {rank} on node {node} {cause}"),
-            None => write!(f, "the launcher of node {node} {cause}"),
-        }
-    }
-}
-
-/// From a launcher to launcher 0.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) enum Report {
-    Attend { claim: Claim, after: Option<Past> },
-    Died { rank: u32, cause: String, exit_code: u8, by_itself: bool },
-    Exited { rank: u32 },
-    Ended,
-    Left,
-    Beat,
-    AskForTraces,
-}
-
-/// From launcher 0 to another launcher.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) enum Order {
-    Waiting {
-        missing: Vec<u32>,
-    },
-    Start(Generation),
-    Refused {
-        reason: String,
-        for_now: bool,
-    },
-    Failed(Failure),
-    Verdict {
-        cause: Option<Failure>,
-    },
-    Beat,
-    /// The job is over, and has not failed: this rank has finished, which decides for all.
-    Completed {
-        rank: u32,
-    },
-}
-
-/// The longest cause that is passed on, in bytes; ours have a tenth.
-const CAUSE_LIMIT: usize = 500;
-
-/// The words of another launcher, made fit for one line.
-pub(crate) fn quote(cause: &str) -> String {
-    cause.chars().take(CAUSE_LIMIT).map(|c| if c.is_control() { ' ' } else { c }).collect()
-}
 
 /// The places of the launchers other than launcher 0, which has node 0.
 #[derive(Debug)]
@@ -250,6 +30,11 @@ pub(crate) struct Seats {
     restarts: u32,
     /// It starts again because another node has come.
     changes: bool,
+    /// The nodes because of which it does, until the next start.
+    newcomers: BTreeSet<u32>,
+    /// Those that were gone before that. Without this a launcher that ends as soon as it has come, again and again, would have all
+    /// others start again each time, without limit.
+    in_vain: BTreeSet<u32>,
     /// The last generation that any launcher has been part of, if one has come from another launcher 0.
     after: Option<Past>,
 }
@@ -284,6 +69,8 @@ impl Seats {
             present: (0..terms.layout.nodes as u32).collect(),
             restarts: 0,
             changes: false,
+            newcomers: BTreeSet::new(),
+            in_vain: BTreeSet::new(),
             after: None,
             terms,
         }
@@ -343,9 +130,15 @@ impl Seats {
         self.started && !self.is_present(node)
     }
 
-    /// The job starts again because another node has come.
-    pub(crate) fn change(&mut self) {
-        self.changes = true;
+    /// The job starts again because this node has come. Says whether it does: not for one that has come before and was gone
+    /// when the others started, which waits for them to start again for another reason.
+    pub(crate) fn change(&mut self, node: u32) -> bool {
+        let may = !self.in_vain.contains(&node);
+        if may {
+            self.changes = true;
+            self.newcomers.insert(node);
+        }
+        may
     }
 
     /// Whether it does.
@@ -544,6 +337,8 @@ impl Seats {
         self.started = attending.clone().all(|(_, seat)| seat.heard > complete);
         if self.started {
             self.present = std::iter::once(0).chain(attending.map(|(&node, _)| node)).collect();
+            self.in_vain.append(&mut self.newcomers);
+            self.in_vain.retain(|node| !self.present.contains(node));
         }
         self.started
     }
@@ -566,411 +361,9 @@ fn span(least: usize, most: usize) -> String {
     if least == most { most.to_string() } else { format!("{least}:{most}") }
 }
 
-/// Who has failed, and because of whom.
-#[derive(Debug, Default)]
-pub(crate) struct Causes {
-    first: Option<Failure>,
-    /// By rank; those that exited with 0 have no failure.
-    ends: BTreeMap<u32, Option<End>>,
-    /// The first rank that a worker blamed for its own failure, by the worker's rank.
-    blamed: BTreeMap<u32, u32>,
-}
-
-#[derive(Debug)]
-struct End {
-    failure: Failure,
-    /// Not on a signal from its launcher.
-    by_itself: bool,
-}
-
-/// What a job has failed of.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Settled {
-    Known(Option<Failure>),
-    /// The best that is known before the end of the rank that is blamed.
-    Open(Failure),
-}
-
-impl Causes {
-    /// A failure without a rank. Says whether it is the first of the job.
-    pub(crate) fn lost(&mut self, failure: Failure) -> bool {
-        let first = self.first.is_none();
-        self.first.get_or_insert(failure);
-        first
-    }
-
-    /// A rank is dead. Says whether it is the first failure of the job.
-    pub(crate) fn died(&mut self, rank: u32, failure: Failure, by_itself: bool) -> bool {
-        self.ends.entry(rank).or_insert(Some(End { failure: failure.clone(), by_itself }));
-        self.lost(failure)
-    }
-
-    /// A rank has exited with code 0.
-    pub(crate) fn exited(&mut self, rank: u32) {
-        self.ends.entry(rank).or_insert(None);
-    }
-
-    /// Whether any rank has exited with code 0.
-    pub(crate) fn any_exited(&self) -> bool {
-        self.ends.values().any(Option::is_none)
-    }
-
-    pub(crate) fn blames(&mut self, blamer: u32, culprit: u32) {
-        self.blamed.entry(blamer).or_insert(culprit);
-    }
-
-    /// The first failure that was noticed.
-    pub(crate) fn first(&self) -> Option<&Failure> {
-        self.first.as_ref()
-    }
-
-    /// Whose failure it was. Two ranks that end within a moment may be found in either order: the blame is
-    /// followed from the first one to a rank that failed by itself.
-    pub(crate) fn settled(&self) -> Settled {
-        let Some(mut cause) = self.first.as_ref() else { return Settled::Known(None) };
-        // Each step leads to another rank, or stops: a circle of blame ends after one round.
-        for _ in 0..=self.ends.len() {
-            let Some(culprit) = cause.rank.and_then(|rank| self.blamed.get(&rank)) else { break };
-            match self.ends.get(culprit) {
-                Some(Some(end)) if end.by_itself => cause = &end.failure,
-                Some(_) => break,
-                None => return Settled::Open(cause.clone()),
-            }
-        }
-        Settled::Known(Some(cause.clone()))
-    }
-}
-
-/// What is called when there is news for the launcher. Must not block.
-pub type OnChange = Arc<dyn Fn() + Send + Sync>;
-
-/// A launcher's connection to launcher 0.
-pub struct Attendance {
-    reports: UnboundedSender<Report>,
-    heard: Arc<Heard>,
-    task: tokio::task::JoinHandle<()>,
-}
-
-struct Heard {
-    /// This node.
-    node: u32,
-    state: Mutex<HeardState>,
-    on_change: OnChange,
-}
-
-struct HeardState {
-    /// The last one that has started.
-    generation: Generation,
-    failure: Option<Failure>,
-    /// The answer to [`Report::Ended`].
-    verdict: Option<Option<Failure>>,
-    /// The connection has ended without one.
-    lost: bool,
-}
-
-impl HeardState {
-    /// Nothing was said about this generation.
-    fn of(generation: Generation) -> Self {
-        Self { generation: generation.quoted(), failure: None, verdict: None, lost: false }
-    }
-}
-
-impl Heard {
-    fn order(&self, order: Order) {
-        match order {
-            Order::Failed(failure) => self.update(|state| {
-                state.failure.get_or_insert(failure.quoted());
-            }),
-            Order::Verdict { cause } => {
-                self.update(|state| state.verdict = Some(cause.map(Failure::quoted)));
-            }
-            Order::Start(generation) if generation.place(self.node).is_none() => {
-                self.update(|state| lost(state, LEFT_OUT));
-            }
-            Order::Start(generation) => self.update(|state| {
-                *state = HeardState::of(generation);
-            }),
-            // The nodes have not met again.
-            Order::Refused { reason, .. } => self.update(|state| lost(state, &reason)),
-            Order::Completed { rank } => self.update(|state| {
-                state.failure.get_or_insert(completion(rank));
-            }),
-            Order::Waiting { .. } | Order::Beat => {}
-        }
-    }
-
-    fn update(&self, change: impl FnOnce(&mut HeardState)) {
-        change(&mut self.lock());
-        (self.on_change)();
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HeardState> {
-        // Fields are replaced whole.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Said of a start that does not count on this launcher, which had come.
-const LEFT_OUT: &str = "it has started the job without this node";
-
-/// A launcher that comes to launcher 0.
-#[derive(Clone, Debug)]
-pub struct Comer {
-    /// Who it is.
-    pub claim: Claim,
-    /// The generation that it has been part of, if it has lost launcher 0 since.
-    pub after: Option<Past>,
-    /// Until when it waits for the others.
-    pub deadline: Instant,
-    /// How long it waits for its place to become free.
-    pub patience: Duration,
-}
-
-impl Attendance {
-    /// Connects to launcher 0 at `server`, says who this is, and waits until all nodes have come. `waiting` is
-    /// called with the nodes that are missing whenever that changes. Blocks.
-    ///
-    /// # Errors
-    /// [`Error::Rendezvous`] with who is missing, or why this launcher was refused; [`Error::Transport`] when the
-    /// connection has ended before the start: launcher 0 may be replaced.
-    pub fn begin(
-        io: &IoHandle,
-        dialler: Dialler,
-        server: &str,
-        comer: Comer,
-        waiting: impl Fn(&[u32]) + Send + 'static,
-        on_change: OnChange,
-    ) -> Result<Self, Error> {
-        let (reports, outgoing) = unbounded_channel();
-        let node = comer.claim.node;
-        let attending = attend_in_the_end(dialler, server.to_owned(), comer, waiting);
-        let (lane, first) = io.block_on(attending)??;
-        let heard = Arc::new(Heard { node, state: Mutex::new(HeardState::of(first)), on_change });
-        let task = io.spawn(follow(lane, outgoing, heard.clone()));
-        Ok(Self { reports, heard, task })
-    }
-
-    /// Tells all others that a rank of this node is dead. Does not block.
-    pub fn announce_death(&self, rank: usize, cause: &str, exit_code: u8, by_itself: bool) {
-        let (rank, cause) = (rank as u32, cause.to_owned());
-        self.report(Report::Died { rank, cause, exit_code, by_itself });
-    }
-
-    /// Tells all others that a rank of this node has exited with code 0. Does not block.
-    pub fn announce_exit(&self, rank: usize) {
-        self.report(Report::Exited { rank: rank as u32 });
-    }
-
-    /// Says that no rank runs here any more; the [`verdict`](Self::verdict) is the answer. Does not block.
-    pub fn announce_end(&self) {
-        self.report(Report::Ended);
-    }
-
-    /// Has all ranks of the job write what they did last. Does not block.
-    pub fn ask_for_traces(&self) {
-        self.report(Report::AskForTraces);
-    }
-
-    /// Says that no rank runs here any more and that this launcher goes: it does not take part in another generation.
-    /// Does not block.
-    pub fn announce_leave(&self) {
-        self.report(Report::Left);
-    }
-
-    /// The generation that has started last.
-    pub fn generation(&self) -> Generation {
-        self.heard.lock().generation.clone()
-    }
-
-    /// The first failure of the job, on whichever node, or the loss of launcher 0; or, with an exit code of 0, that a rank
-    /// has finished which decides for all.
-    pub fn failure(&self) -> Option<Failure> {
-        self.heard.lock().failure.clone()
-    }
-
-    /// What the job has failed of, if it has; `None` before launcher 0 has said so.
-    pub fn verdict(&self) -> Option<Option<Failure>> {
-        self.heard.lock().verdict.clone()
-    }
-
-    /// Whether launcher 0 was lost before it had said how the job ends: another one may take its place.
-    pub fn is_lost(&self) -> bool {
-        self.heard.lock().lost
-    }
-
-    fn report(&self, report: Report) {
-        // The task ends with the connection, and then nobody wants to know.
-        let _ = self.reports.send(report);
-    }
-}
-
-impl Drop for Attendance {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
-struct Lane {
-    _connection: Connection,
-    sender: MessageSender,
-    receiver: MessageReceiver,
-}
-
-/// Attends, and tries again for a while when the place is not free yet.
-async fn attend_in_the_end(
-    dialler: Dialler,
-    server: String,
-    comer: Comer,
-    mut waiting: impl Fn(&[u32]),
-) -> Result<(Lane, Generation), Error> {
-    let until = comer.deadline.min(Instant::now() + comer.patience);
-    loop {
-        match attend(&dialler, &server, comer.clone(), &mut waiting).await? {
-            Answered::Start(lane, generation) => return Ok((lane, generation)),
-            Answered::NotNow(reason) if Instant::now() + TAKEN_PAUSE >= until => {
-                return Err(Error::Rendezvous { endpoint: server, reason });
-            }
-            Answered::NotNow(reason) => {
-                tracing::debug!(server, reason, "refused for now");
-                tokio::time::sleep(TAKEN_PAUSE).await;
-            }
-        }
-    }
-}
-
-/// What launcher 0 has said to a launcher that has come.
-enum Answered {
-    Start(Lane, Generation),
-    NotNow(String),
-}
-
-async fn attend(
-    dialler: &Dialler,
-    server: &str,
-    Comer { claim, after, deadline, .. }: Comer,
-    waiting: &mut impl Fn(&[u32]),
-) -> Result<Answered, Error> {
-    let failed = |reason: String| Error::Rendezvous { endpoint: server.to_owned(), reason };
-    let node = claim.node;
-    let connection = dial(dialler, server, deadline).await.map_err(&failed)?;
-    let (mut sender, mut receiver) = connection.open_messages().await?;
-    sender.send(&Report::Attend { claim, after }).await?;
-    let mut beat = tokio::time::interval(BEAT);
-    let mut missing = Vec::new();
-    let mut last = Instant::now();
-    // Launcher 0 gives up first, and says who is missing.
-    let deadline = deadline + SILENCE;
-    loop {
-        let order = tokio::select! {
-            order = receiver.recv::<Order>() => order?,
-            _ = beat.tick() => {
-                if last.elapsed() > SILENCE || Instant::now() > deadline {
-                    let (what, elapsed) = (format!("a word of {LAUNCHER}"), last.elapsed());
-                    return Err(paceline_transport::Error::TimedOut { what, ranks: Vec::new(), elapsed }.into());
-                }
-                sender.send(&Report::Beat).await?;
-                continue;
-            }
-        };
-        last = Instant::now();
-        match order {
-            Some(Order::Start(generation)) if generation.place(node).is_none() => {
-                return Err(failed(format!("{LAUNCHER}: {LEFT_OUT}")));
-            }
-            Some(Order::Verdict { .. }) => {
-                return Err(failed("the job has ended without this node".to_owned()));
-            }
-            Some(Order::Start(generation)) => {
-                let lane = Lane { _connection: connection, sender, receiver };
-                return Ok(Answered::Start(lane, generation));
-            }
-            Some(Order::Refused { reason, for_now: true }) => return Ok(Answered::NotNow(quote(&reason))),
-            Some(Order::Refused { reason, for_now: false }) => return Err(failed(reason)),
-            Some(Order::Waiting { missing: nodes }) => {
-                // When none is missing, the answer is waited for.
-                sender.send(&Report::Beat).await?;
-                if nodes != missing {
-                    waiting(&nodes);
-                    missing = nodes;
-                }
-            }
-            Some(_) => {}
-            None => {
-                let what = "the start of the job".to_owned();
-                let reason = format!("{LAUNCHER} closed the connection");
-                return Err(paceline_transport::Error::GaveUp { what, reason }.into());
-            }
-        }
-    }
-}
-
-/// Keeps the connection to launcher 0 from the start on.
-async fn follow(mut lane: Lane, mut reports: UnboundedReceiver<Report>, heard: Arc<Heard>) {
-    let mut beat = tokio::time::interval(BEAT);
-    let silence = tokio::time::sleep(SILENCE);
-    tokio::pin!(silence);
-    let reason = loop {
-        let sent = tokio::select! {
-            order = lane.receiver.recv::<Order>() => {
-                silence.as_mut().reset((Instant::now() + SILENCE).into());
-                match order {
-                    // Launcher 0 waits for a sign of life.
-                    Ok(Some(Order::Waiting { .. })) => {
-                        if let Err(error) = lane.sender.send(&Report::Beat).await {
-                            break reason_of(error);
-                        }
-                    }
-                    Ok(Some(order)) => heard.order(order),
-                    Ok(None) => break "it closed the connection".to_owned(),
-                    Err(error) => break reason_of(error),
-                }
-                Ok(())
-            }
-            report = reports.recv() => match report {
-                Some(report) => lane.sender.send(&report).await,
-                None => return,
-            },
-            _ = beat.tick() => lane.sender.send(&Report::Beat).await,
-            () = &mut silence => break format!("it has said nothing for {} s", SILENCE.as_secs()),
-        };
-        if let Err(error) = sent {
-            break reason_of(error);
-        }
-    };
-    heard.update(|state| {
-        state.lost = state.verdict.is_none();
-        lost(state, &reason);
-    });
-}
-
-/// The reason alone: the address of launcher 0 is known.
-pub(crate) fn reason_of(error: paceline_transport::Error) -> String {
-    match error {
-        paceline_transport::Error::Refused { reason, .. } => reason,
-        error => error.to_string(),
-    }
-}
-
-/// A job that is over ends as one that has failed, but for its exit code.
-fn completion(rank: u32) -> Failure {
-    let cause = "has finished, and with it the job".to_owned();
-    Failure { node: 0, rank: Some(rank), cause, exit_code: 0 }
-}
-
-/// Launcher 0 is lost. If the job had failed before, that stays the reason.
-fn lost(state: &mut HeardState, reason: &str) {
-    if state.verdict.is_some() {
-        return;
-    }
-    let cause = format!("was lost: {}", quote(reason));
-    state.failure.get_or_insert(Failure { node: 0, rank: None, cause, exit_code: LOST_NODE });
-    state.verdict = Some(state.failure.clone());
-}
-
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
+    use super::super::{BEAT, Layout};
     use super::*;
 
     const LAYOUT: Layout = Layout { nodes: 3, ranks_per_node: 2 };
@@ -1134,8 +527,7 @@ mod tests {
         come(&mut seats, 2, 2, now + BEAT);
         assert!(seats.is_late(2) && !seats.is_late(1));
         assert_eq!((seats.at_work(), seats.may_restart()), (vec![1], false));
-        seats.change();
-        assert!(seats.may_restart());
+        assert!(seats.change(2) && seats.may_restart());
         seats.ended(1);
         let next = Generation { changes: 1, ..generation(1, 7) };
         seats.begin_again(&next, |_| true);
@@ -1154,6 +546,38 @@ mod tests {
         assert!(seats.is_late(2), "it has come again");
         seats.begin_again(&generation(3, 9), |_| true);
         assert_eq!(seats.last_call_ends(later), Some(later), "a rank has failed, and no node");
+    }
+
+    #[test]
+    fn a_node_that_was_gone_when_the_others_started_with_it_does_not_have_them_start_again_once_more() {
+        let now = Instant::now();
+        let mut seats = few(&[1], now);
+        let mut at = now;
+        let mut start = |seats: &mut Seats, nodes: &[u32]| {
+            at += BEAT;
+            seats.end_last_call();
+            assert!(!seats.start(at));
+            for &node in nodes {
+                assert!(seats.heard(node, at + BEAT));
+            }
+            assert!(seats.start(at + BEAT));
+        };
+        start(&mut seats, &[1]);
+        come(&mut seats, 2, 2, now);
+        assert!(seats.change(2), "for the first time");
+        assert!(!seats.disconnected(2));
+        seats.begin_again(&Generation { changes: 1, ..generation(1, 7) }, |node| node == 1);
+        start(&mut seats, &[1]);
+        come(&mut seats, 2, 3, now);
+        assert!(seats.is_late(2) && !seats.change(2) && !seats.changes(), "it waits");
+        seats.begin_again(&generation(2, 8), |_| true);
+        start(&mut seats, &[1, 2]);
+        assert_eq!(seats.world_size(), 6, "a rank has failed, and it takes part");
+        assert!(seats.disconnected(2));
+        seats.begin_again(&generation(3, 9), |node| node == 1);
+        start(&mut seats, &[1]);
+        come(&mut seats, 2, 4, now);
+        assert!(seats.change(2), "it has shown that it can");
     }
 
     #[test]
@@ -1242,64 +666,5 @@ mod tests {
         }
         assert!(!seats.may_certify(&claim(1, 2), "worker-2"), "another incarnation");
         assert!(!seats.may_certify(&claim(2, 2), "worker-4"), "a node that was not admitted");
-    }
-
-    fn failure(rank: u32) -> Failure {
-        let cause = "exited with code 1".to_owned();
-        Failure { node: rank / 2, rank: Some(rank), cause, exit_code: 1 }
-    }
-
-    #[test]
-    fn the_blame_is_followed_across_nodes_to_a_rank_that_failed_by_itself() {
-        let mut causes = Causes::default();
-        assert_eq!(causes.settled(), Settled::Known(None));
-        assert!(causes.died(0, failure(0), true), "the first");
-        causes.blames(0, 3);
-        assert_eq!(causes.settled(), Settled::Open(failure(0)), "rank 3 has not ended");
-        assert!(!causes.died(3, failure(3), true));
-        causes.blames(3, 2);
-        causes.blames(3, 0);
-        causes.died(2, failure(2), false);
-        assert_eq!(causes.settled(), Settled::Known(Some(failure(3))), "rank 2 was told to end");
-        assert_eq!(causes.first(), Some(&failure(0)));
-    }
-
-    #[test]
-    fn a_circle_of_blame_ends_and_a_rank_that_exited_with_0_has_none() {
-        let mut causes = Causes::default();
-        causes.died(0, failure(0), true);
-        causes.died(1, failure(1), true);
-        causes.blames(0, 1);
-        causes.blames(1, 0);
-        assert!(matches!(causes.settled(), Settled::Known(Some(_))));
-        let mut causes = Causes::default();
-        causes.died(0, failure(0), true);
-        causes.exited(1);
-        causes.blames(0, 1);
-        assert_eq!(causes.settled(), Settled::Known(Some(failure(0))));
-    }
-
-    #[test]
-    fn a_lost_launcher_is_a_cause_of_its_own() {
-        let mut causes = Causes::default();
-        let cause = "was lost: it closed the connection".to_owned();
-        let failure = Failure { node: 1, rank: None, cause, exit_code: LOST_NODE };
-        assert!(causes.lost(failure.clone()));
-        causes.died(0, super::tests::failure(0), true);
-        assert_eq!(causes.settled(), Settled::Known(Some(failure.clone())));
-        assert_eq!(failure.to_string(), "the launcher of node 1 was lost: it closed the connection");
-        assert_eq!(super::tests::failure(3).to_string(), "rank 3 on node 1 exited with code 1");
-    }
-
-    proptest! {
-        #[test]
-        fn any_bytes_are_messages_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            use paceline_transport::wire;
-            let _ = wire::decode::<Report>(&bytes);
-            if let Ok(Order::Failed(failure)) = wire::decode::<Order>(&bytes) {
-                let text = failure.quoted().to_string();
-                prop_assert!(text.chars().all(|c| !c.is_control()) && text.len() < 4 * CAUSE_LIMIT);
-            }
-        }
     }
 }
