@@ -1,8 +1,8 @@
 //! Launchers that are killed and frozen while their workers train: four of them on this machine, with a rank each, which
 //! know each other by the job secret and the endpoint alone. A supervisor starts again what was killed.
 //!
-//! What counts is the result, as in `elastic`. `PACELINE_CHAOS_FAULTS=1000` sets the number of faults at random moments,
-//! `PACELINE_CHAOS_SEED` repeats a run's choices.
+//! What counts is the result, as in `elastic`. `PACELINE_CHAOS_FAULTS=1000` sets the number of faults at random moments
+//! (`cargo xtask chaos`), `PACELINE_CHAOS_SEED` repeats a run's choices.
 
 #![allow(clippy::print_stdout, reason = "ranks talk to the test by their output")]
 
@@ -10,8 +10,10 @@ mod cluster;
 mod job;
 mod training;
 
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::process::Command;
+use std::time::Instant;
 
 use cluster::{Cluster, Node, RESTART_AFTER, Setup};
 use fastrand::Rng;
@@ -24,12 +26,15 @@ fn main() {
     job::main(rank, || {
         let mut trials = vec![
             trial("the_loss_of_any_launcher_and_of_two_at_once_changes_no_bit_of_the_result", one_by_one),
-            trial("launchers_lost_and_frozen_at_random_change_no_bit_of_the_result_with_slots", || {
-                chaos(Mode::Slots)
-            }),
-            trial("every_sample_is_used_once_in_each_pass_whichever_launcher_is_lost", || {
+            trial(
+                "chaos::launchers_lost_and_frozen_at_random_change_no_bit_of_the_result_with_slots",
+                || chaos(Mode::Slots),
+            ),
+            trial("chaos::every_sample_is_used_once_in_each_pass_whichever_launcher_is_lost", || {
                 chaos(Mode::Shrink)
             }),
+            trial("with_a_lease_either_of_two_launchers_is_lost_and_the_other_goes_on", leased),
+            trial("a_lease_that_is_damaged_ends_the_job_with_a_line_that_says_so", damaged_lease),
             trial("half_of_the_launchers_without_the_lowest_stop_and_ask_for_a_restart", no_quorum),
             trial("fewer_nodes_than_the_least_number_go_on_no_longer_than_others_may_take", too_few),
             trial("a_program_with_a_fixed_membership_is_told_what_to_do", fixed_program),
@@ -89,36 +94,85 @@ fn one_by_one() {
     cluster.complete(Mode::Slots);
 }
 
+/// Whichever of two is lost, the other goes on by itself.
+fn leased() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("lease").to_string_lossy().into_owned();
+    let mut cluster = start_of(2, "slots", "1:2", 80, &["--fence", "lease", "--lease", &file]);
+    cluster.until("both were members", Cluster::is_whole);
+    for lost in [1, 0, 0] {
+        let (epoch, other) = (cluster.epoch, [1 - lost]);
+        let before = cluster.processes(&other);
+        cluster.kill(lost, None);
+        cluster.until("the other had gone on", |cluster| cluster.went_on(&other, epoch));
+        let step = cluster.step;
+        cluster.until("it had made steps", |cluster| cluster.step > step + STEPS);
+        cluster.start_again(lost);
+        cluster.until_whole(epoch);
+        assert_eq!(before, cluster.processes(&other), "the survivor was started again");
+    }
+    cluster.complete(Mode::Slots);
+}
+
+/// A lease that nobody can use any more.
+fn damaged_lease() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("lease");
+    let flags = ["--lease", &file.to_string_lossy()];
+    let mut cluster = start_of(2, "slots", "1:2", 1_000_000, &flags);
+    cluster.until("both were members", Cluster::is_whole);
+    std::fs::write(&file, "paceline-lease 1 half of a").expect("written");
+    cluster.kill(0, None);
+    let ended = cluster.finish();
+    assert_eq!(ended.statuses[&1].code(), Some(138), "{}", ended.lines.join("\n"));
+    let says = |line: &String| line.contains("it is damaged; remove it when no launcher of the job runs");
+    assert!(ended.lines.iter().any(says), "{}", ended.lines.join("\n"));
+}
+
+/// The numbers of faults by their kinds.
+type Tally = BTreeMap<&'static str, u64>;
+
 fn chaos(mode: Mode) {
-    let faults = number_from("PACELINE_CHAOS_FAULTS").unwrap_or(4);
+    let faults = number_from("PACELINE_CHAOS_FAULTS").unwrap_or(8);
     let seed = number_from("PACELINE_CHAOS_SEED").unwrap_or_else(|| Rng::new().u64(..));
     println!("PACELINE_CHAOS_SEED={seed}");
-    let mut rng = Rng::with_seed(seed);
+    let (mut rng, started) = (Rng::with_seed(seed), Instant::now());
     let part = if mode == Mode::Slots { "slots" } else { "shrink" };
     let mut cluster = start(part, "1:4", 20 + 40 * faults, &[]);
     cluster.until("all were members", Cluster::is_whole);
-    for _ in 0..faults {
+    let mut tally = Tally::new();
+    while tally.values().sum::<u64>() < faults {
         set_pace(&cluster.pace(), cluster.step / STEPS + 2);
         pause(&mut rng, 50);
-        strike(&mut cluster, &mut rng);
+        let (kind, struck) = strike(&mut cluster, &mut rng);
+        *tally.entry(kind).or_default() += struck;
     }
     cluster.complete(mode);
+    println!("four launchers, {mode:?}, {:.0} s: {tally:?}", started.elapsed().as_secs_f64());
 }
 
-/// A fault and what follows from it, until all are members again.
-fn strike(cluster: &mut Cluster, rng: &mut Rng) {
+/// A fault and what follows from it, until all are members again. Says what it was, and how many they were.
+fn strike(cluster: &mut Cluster<'_>, rng: &mut Rng) -> (&'static str, u64) {
     let mut nodes: Vec<usize> = (0..NODES).collect();
     rng.shuffle(&mut nodes);
-    match rng.u32(0..10) {
-        0..4 => cluster.lose(&nodes[..1]),
+    let (node, epoch) = (nodes[0], cluster.epoch);
+    match rng.u32(0..16) {
+        0..3 => {
+            cluster.lose(&[node]);
+            ("launcher killed", 1)
+        }
+        3..5 => {
+            cluster.lose(&[0]);
+            ("leader's launcher killed", 1)
+        }
         // Two of four with the lowest left are a quorum.
-        4..6 => {
+        5..8 => {
             nodes.retain(|&node| node != 0);
             cluster.lose(&nodes[..2]);
+            ("two launchers killed at once", 2)
         }
         // Again while it comes in, or just after.
-        6..8 => {
-            let (node, epoch) = (nodes[0], cluster.epoch);
+        8..11 => {
             cluster.kill(node, Some(RESTART_AFTER));
             cluster.until("another process had been started", |c| {
                 c.nodes.get(&node).is_some_and(|node| node.rank.is_some())
@@ -126,16 +180,36 @@ fn strike(cluster: &mut Cluster, rng: &mut Rng) {
             pause(rng, 60);
             cluster.kill(node, Some(RESTART_AFTER));
             cluster.until_whole(epoch);
+            ("launcher killed, and again while joining", 2)
+        }
+        11 => {
+            cluster.signal_rank(node, Signal::KILL);
+            cluster.until_whole(epoch);
+            ("rank killed under its launcher", 1)
+        }
+        12 => {
+            let rest: Vec<usize> = nodes[1..].to_vec();
+            cluster.kill(node, None);
+            cluster.until("the others had gone on", |cluster| cluster.went_on(&rest, epoch));
+            cluster.start_again(node);
+            cluster.until_whole(epoch);
+            ("launcher killed, and joining later", 1)
         }
         // Long enough to be removed, or not: what counts is what all say afterwards.
-        _ => {
-            cluster.signal(nodes[0], Signal::STOP);
+        which => {
+            let whole = which < 15;
+            let signal = |cluster: &Cluster<'_>, signal| match whole {
+                true => cluster.signal(node, signal),
+                false => cluster.signal_rank(node, signal),
+            };
+            signal(cluster, Signal::STOP);
             pause(rng, 1500);
             // What was said before it goes on counts for nothing.
             cluster.catch_up();
             cluster.nodes.values_mut().for_each(|node| node.said = None);
-            cluster.signal(nodes[0], Signal::CONT);
+            signal(cluster, Signal::CONT);
             cluster.until("all were members again", Cluster::is_whole);
+            (if whole { "launcher frozen" } else { "rank frozen" }, 1)
         }
     }
 }

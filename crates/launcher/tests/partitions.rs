@@ -44,6 +44,7 @@ fn trials() -> Vec<Trial> {
     vec![
         trial("of_five_hosts_three_go_on_and_two_come_back_however_the_network_falls_apart", of_five),
         trial("of_four_hosts_the_half_with_the_lowest_goes_on_and_no_sample_is_lost", of_four),
+        trial("with_a_lease_exactly_one_of_two_hosts_that_lose_each_other_goes_on", leased),
     ]
 }
 
@@ -152,6 +153,32 @@ fn of_four() {
     one_way(&mut cluster, &[2, 3], &[0, 1], 4);
     at_random(&mut cluster, 4, more);
     cluster.complete(Mode::Shrink);
+}
+
+/// Either may win; never do both.
+fn leased() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("lease").to_string_lossy().into_owned();
+    let more = number_from("PACELINE_CHAOS_FAULTS").unwrap_or(0);
+    let mut cluster = start(2, "slots", 60 + 40 * more, &["--lease", &file]);
+    for _ in 0..2 + more / 4 {
+        let epoch = cluster.epoch;
+        let before = [0, 1].map(|node| cluster.processes(&[node]));
+        split(&[0], &[1]);
+        cluster.until("one had gone on", |c| (0..2).any(|node| c.went_on(&[node], epoch)));
+        let winner = (0..2).find(|&node| cluster.went_on(&[node], epoch)).expect("just found");
+        let step = cluster.step;
+        cluster.until("it had made steps", |c| c.step >= step + STEPS);
+        cluster.catch_up();
+        let other = cluster.nodes.get(&(1 - winner)).and_then(|node| node.said);
+        assert!(other.is_none_or(|(of, _)| of <= epoch), "both go on:\n{}", cluster.tail());
+        mend();
+        cluster.until_whole(epoch);
+        assert_eq!(before[winner], cluster.processes(&[winner]), "it was started again:\n{}", cluster.tail());
+    }
+    one_way(&mut cluster, &[0], &[1], 2);
+    one_way(&mut cluster, &[1], &[0], 2);
+    cluster.complete(Mode::Slots);
 }
 
 fn at_random(cluster: &mut Cluster, hosts: usize, partitions: u64) {
