@@ -274,9 +274,9 @@ impl Watch {
 fn strike(watch: &mut Watch, rng: &mut Rng) -> (&'static str, u64) {
     let mut ranks: Vec<usize> = (0..RANKS).collect();
     rng.shuffle(&mut ranks);
-    let epoch = watch.epoch;
+    let (epoch, before) = (watch.epoch, watch.pids.clone());
     assert!(watch.is_whole(), "a fault strikes a job that is whole:\n{}", watch.tail());
-    match rng.u32(0..10) {
+    let struck = match rng.u32(0..10) {
         0..5 => {
             watch.signal(ranks[0], Signal::KILL);
             watch.until_whole(epoch);
@@ -311,7 +311,15 @@ fn strike(watch: &mut Watch, rng: &mut Rng) -> (&'static str, u64) {
             watch.until("all were members again", Watch::is_whole);
             ("frozen", 1)
         }
-    }
+    };
+    let killed = match struck.0 {
+        "frozen" => 0,
+        "two killed at once" => 2,
+        _ => 1,
+    };
+    let is_same = |rank: &usize| before[rank] == watch.pids[rank];
+    assert!(ranks[killed..].iter().all(is_same), "a survivor was started again:\n{}", watch.tail());
+    struck
 }
 
 fn chaos(mode: Mode) {

@@ -72,11 +72,11 @@ fn free_endpoint() -> SocketAddr {
 }
 
 /// Four launchers of this machine.
-fn start(part: &'static str, nnodes: &str, passes: u64, more: &[&str]) -> Cluster<'static> {
+fn start(part: &'static str, nnodes: &str, passes: u64, more: &[&str]) -> Cluster {
     start_of(NODES, part, nnodes, passes, more)
 }
 
-fn start_of(nodes: usize, part: &'static str, nnodes: &str, passes: u64, more: &[&str]) -> Cluster<'static> {
+fn start_of(nodes: usize, part: &'static str, nnodes: &str, passes: u64, more: &[&str]) -> Cluster {
     let flags = ["--nnodes", nnodes].iter().chain(more).map(|&flag| flag.to_owned()).collect();
     let (endpoint, on_node) =
         (free_endpoint().to_string(), Box::new(|_, program: &str| Command::new(program)));
@@ -138,7 +138,7 @@ fn chaos(mode: Mode) {
     println!("PACELINE_CHAOS_SEED={seed}");
     let (mut rng, started) = (Rng::with_seed(seed), Instant::now());
     let part = if mode == Mode::Slots { "slots" } else { "shrink" };
-    let mut cluster = start(part, "1:4", 20 + 40 * faults, &[]);
+    let mut cluster = start(part, "1:4", 100 + 12 * faults, &[]);
     cluster.until("all were members", Cluster::is_whole);
     let mut tally = Tally::new();
     while tally.values().sum::<u64>() < faults {
@@ -152,7 +152,7 @@ fn chaos(mode: Mode) {
 }
 
 /// A fault and what follows from it, until all are members again. Says what it was, and how many they were.
-fn strike(cluster: &mut Cluster<'_>, rng: &mut Rng) -> (&'static str, u64) {
+fn strike(cluster: &mut Cluster, rng: &mut Rng) -> (&'static str, u64) {
     let mut nodes: Vec<usize> = (0..NODES).collect();
     rng.shuffle(&mut nodes);
     let (node, epoch) = (nodes[0], cluster.epoch);
@@ -198,7 +198,7 @@ fn strike(cluster: &mut Cluster<'_>, rng: &mut Rng) -> (&'static str, u64) {
         // Long enough to be removed, or not: what counts is what all say afterwards.
         which => {
             let whole = which < 15;
-            let signal = |cluster: &Cluster<'_>, signal| match whole {
+            let signal = |cluster: &Cluster, signal| match whole {
                 true => cluster.signal(node, signal),
                 false => cluster.signal_rank(node, signal),
             };

@@ -58,7 +58,7 @@ fn rank(part: &str, args: &[String]) {
 }
 
 /// A launcher on each of so many hosts.
-fn start(nodes: usize, part: &'static str, passes: u64, more: &[&str]) -> Cluster<'static> {
+fn start(nodes: usize, part: &'static str, passes: u64, more: &[&str]) -> Cluster {
     mend();
     let count = format!("1:{nodes}");
     let flags = ["--nnodes", &count].iter().chain(more).map(|&flag| flag.to_owned()).collect();

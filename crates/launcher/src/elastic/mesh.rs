@@ -528,7 +528,44 @@ impl Contacts {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+    use std::sync::mpsc::channel;
+
+    use paceline_transport::IoThread;
+    use paceline_transport::identity::JobAuthority;
+
     use super::*;
+
+    /// Its end of the network is fine, so nothing below would ever end the connection.
+    #[test]
+    fn a_launcher_of_which_nothing_comes_is_dialled_anew() {
+        let io = IoThread::start().expect("a thread");
+        let authority = JobAuthority::new("job").expect("a name");
+        let endpoint = |node| {
+            let identity = authority.issue(&launcher(node), Duration::from_secs(3600)).expect("an identity");
+            Endpoint::bind(&io.handle(), (Ipv4Addr::LOCALHOST, 0).into(), &identity).expect("a port")
+        };
+        let (here, there) = (endpoint(1), endpoint(0));
+        let (addr, meeting) = (here.local_addr(), there.local_addr().to_string());
+        let me = Entry { node: 1, birth: 1, addr, nodes: 2, ranks: 1, run_id: String::new(), lease: None };
+        let (inputs, _heard) = channel();
+        let _mesh = Mesh::new(Door { io: io.handle(), endpoint: here, me, nodes: 2, meeting }, inputs);
+        let mut silent = Vec::new();
+        for time in ["first", "second"] {
+            let there = there.clone();
+            let greeted = async move {
+                let connection = there.accept().await?;
+                let (sender, mut receiver) = connection.accept_messages().await?;
+                let first = receiver.recv::<Word>().await?;
+                Ok::<_, TransportError>((connection, sender, receiver, first))
+            };
+            let greeted = io.handle().block_on(async { timeout(Duration::from_secs(60), greeted).await });
+            let (connection, sender, receiver, first) =
+                greeted.expect("the thread runs").expect("it comes").expect("it is a launcher");
+            assert!(matches!(first, Some(Word::Hello(Entry { node: 1, .. }))), "the {time} time");
+            silent.push((connection, sender, receiver));
+        }
+    }
 
     #[test]
     fn a_launcher_that_was_started_with_other_numbers_or_before_the_present_one_does_not_fit() {

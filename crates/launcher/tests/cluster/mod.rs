@@ -25,14 +25,17 @@ pub const RESTART_AFTER: Duration = Duration::from_secs(1);
 /// The exit code that asks for a restart.
 const START_AGAIN: i32 = 138;
 
+/// A command that runs that program on the machine of that node.
+pub type OnNode = Box<dyn Fn(usize, &str) -> Command>;
+
 /// What a cluster is to be.
-pub struct Setup<'a> {
+pub struct Setup {
     /// Launchers, with one rank each.
     pub nodes: usize,
     /// Where node 0 is reached.
     pub endpoint: String,
-    /// A command that runs that program on the machine of that node.
-    pub on_node: Box<dyn Fn(usize, &str) -> Command + 'a>,
+    /// See [`OnNode`].
+    pub on_node: OnNode,
     /// What the ranks are.
     pub part: &'static str,
     /// How often they go through the samples.
@@ -64,9 +67,9 @@ pub struct Node {
 }
 
 /// Launchers and their supervisor.
-pub struct Cluster<'a> {
+pub struct Cluster {
     folder: TempDir,
-    setup: Setup<'a>,
+    setup: Setup,
     pub nodes: BTreeMap<usize, Node>,
     /// Nodes that are down, and when they are started again.
     down: BTreeMap<usize, Option<Instant>>,
@@ -85,8 +88,8 @@ pub struct Ended {
     pub lines: Vec<String>,
 }
 
-impl<'a> Cluster<'a> {
-    pub fn start(setup: Setup<'a>) -> Self {
+impl Cluster {
+    pub fn start(setup: Setup) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let secret = folder.path().join("secret");
         fs::write(&secret, "b1946ac92492d2347c6235b4d2611184").expect("written");
@@ -283,12 +286,15 @@ impl<'a> Cluster<'a> {
         nodes.iter().for_each(|&node| self.kill(node, restart));
     }
 
-    /// Kills these launchers at once, and waits until all are members again.
+    /// Kills these launchers at once, and waits until all are members again, the others as the same processes.
     pub fn lose(&mut self, nodes: &[usize]) {
         let epoch = self.epoch;
         assert!(self.is_whole(), "a fault strikes a job that is whole:\n{}", self.tail());
+        let others: Vec<usize> = (0..self.size()).filter(|node| !nodes.contains(node)).collect();
+        let before = self.processes(&others);
         self.kill_at_once(nodes, Some(RESTART_AFTER));
         self.until_whole(epoch);
+        assert_eq!(before, self.processes(&others), "a survivor was started again:\n{}", self.tail());
     }
 
     /// The launchers of these nodes and their ranks, by their numbers: those that are the same afterwards have not been
@@ -297,12 +303,15 @@ impl<'a> Cluster<'a> {
         nodes.iter().map(|node| self.nodes.get(node).map_or((0, 0), |node| (node.life, node.ranks))).collect()
     }
 
-    /// Waits for the end of all launchers.
+    /// Waits for the end of all launchers, for as long as they do something.
     pub fn finish(mut self) -> Ended {
-        let deadline = Instant::now() + PATIENCE;
+        let (mut lines, mut last) = (0, Instant::now());
         while !self.nodes.values().all(|node| node.closed) {
-            assert!(Instant::now() < deadline, "the job hangs:\n{}", self.tail());
+            assert!(last.elapsed() < PATIENCE, "the job hangs:\n{}", self.tail());
             self.go_on();
+            if self.seen.len() > lines {
+                (lines, last) = (self.seen.len(), Instant::now());
+            }
         }
         let wait = |node: &mut Node| node.launcher.wait().expect("it is our child");
         let statuses = self.nodes.iter_mut().map(|(&number, node)| (number, wait(node))).collect();
@@ -323,7 +332,7 @@ impl<'a> Cluster<'a> {
     }
 }
 
-impl Drop for Cluster<'_> {
+impl Drop for Cluster {
     fn drop(&mut self) {
         for node in self.nodes.values_mut() {
             let _ = node.launcher.kill();
