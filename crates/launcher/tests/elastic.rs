@@ -264,6 +264,11 @@ impl Watch {
         self.ranks.len() == RANKS && self.ranks.values().all(whole)
     }
 
+    /// Until these have other processes: what all say before is of before, also that a frozen one has come back.
+    fn until_replaced(&mut self, ranks: &[usize], before: &BTreeMap<usize, Pid>) {
+        self.until("there were other processes", |w| ranks.iter().all(|rank| w.pids[rank] != before[rank]));
+    }
+
     /// Until all are members again, in a later epoch, and make steps.
     fn until_whole(&mut self, after_epoch: u64) {
         self.until("all were members again", |w| w.epoch > after_epoch && w.is_whole());
@@ -279,6 +284,7 @@ fn strike(watch: &mut Watch, rng: &mut Rng) -> (&'static str, u64) {
     let struck = match rng.u32(0..10) {
         0..5 => {
             watch.signal(ranks[0], Signal::KILL);
+            watch.until_replaced(&ranks[..1], &before);
             watch.until_whole(epoch);
             ("killed", 1)
         }
@@ -286,6 +292,7 @@ fn strike(watch: &mut Watch, rng: &mut Rng) -> (&'static str, u64) {
             watch.signal(ranks[0], Signal::KILL);
             pause(rng, 40);
             watch.signal(ranks[1], Signal::KILL);
+            watch.until_replaced(&ranks[..2], &before);
             watch.until_whole(epoch);
             ("two killed at once", 2)
         }

@@ -183,7 +183,9 @@ fn strike(cluster: &mut Cluster, rng: &mut Rng) -> (&'static str, u64) {
             ("launcher killed, and again while joining", 2)
         }
         11 => {
+            let before = cluster.processes(&[node]);
             cluster.signal_rank(node, Signal::KILL);
+            cluster.until("there was another process", |cluster| cluster.processes(&[node]) != before);
             cluster.until_whole(epoch);
             ("rank killed under its launcher", 1)
         }
