@@ -4,6 +4,7 @@
 //! in one line when we are not. Nothing here is linked into the product.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command line tool talks to its terminal")]
 
+mod chaos;
 mod checks;
 mod ci;
 mod demo;
@@ -61,6 +62,8 @@ enum Task {
     Tensorflow,
     /// Build the launcher as one file without any library, and start it where there is nothing else
     Dist(dist::Options),
+    /// Kill and freeze ranks and launchers of elastic jobs, and cut the network between their hosts, N times
+    Chaos(chaos::Options),
     /// Run a program as the ranks of a job on N hosts of this machine, over links as asked for; needs root
     Hosts(hosts::Options),
     /// What continuous integration runs: style, documentation, every test, instruction counts, the demo
@@ -94,6 +97,7 @@ fn main() -> ExitCode {
         Task::Torchrun(options) => torchrun::run(&options),
         Task::Tensorflow => tensorflow::run(),
         Task::Dist(options) => dist::run(&options),
+        Task::Chaos(options) => chaos::run(&options),
         Task::Hosts(options) => hosts::run(&options),
         Task::Ci => ci::run(),
         Task::Check => checks::run(),

@@ -86,7 +86,8 @@ pub fn run_root() -> Result<()> {
 /// # Errors
 /// See [`run_root`].
 pub fn root_steps(report: &mut Report) -> Result<Total> {
-    let test = ["test", "--locked", "--workspace", "--test", "hosts", "--test", "discovery"];
+    let test =
+        ["test", "--locked", "--workspace", "--test", "hosts", "--test", "discovery", "--test", "partitions"];
     report.step("tests that need root: compile", Budget::minutes(4.0), |limit| {
         process::run(cargo(&[test.as_slice(), &["--no-run"]].concat()), limit)
     })?;

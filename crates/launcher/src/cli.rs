@@ -114,6 +114,8 @@ pub struct NodeArgs {
     pub secret: Option<PathBuf>,
     /// What becomes of the job when nodes come and go.
     pub changes: Changes,
+    /// The file that decides which part of a job that has fallen apart goes on; none where launchers vote.
+    pub lease: Option<PathBuf>,
 }
 
 /// What becomes of a job whose nodes come and go.
@@ -128,6 +130,17 @@ pub enum Changes {
     },
     /// The launchers vote on who takes part, and programs that train with `runtime::elastic` go on.
     Vote,
+}
+
+/// What keeps a part of the job that was cut off from going on beside the rest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum FenceFlag {
+    /// More than half of the launchers must reach each other.
+    Majority,
+    /// Whoever gets the lease goes on, be it alone.
+    Lease,
+    /// Nothing: for a job on one machine.
+    None,
 }
 
 /// Where a node's number comes from.
@@ -234,6 +247,10 @@ pub struct Variables {
     pub insecure: Option<OsString>,
     /// PACELINE_FABRIC, which is the ranks' to read, but for one value.
     pub fabric: Option<OsString>,
+    /// PACELINE_FENCE.
+    pub fence: Option<OsString>,
+    /// PACELINE_LEASE.
+    pub lease: Option<OsString>,
     /// Everything by which a pod knows its job.
     pub surroundings: Surroundings,
     /// Those that torchrun reads.
@@ -410,6 +427,14 @@ struct RunFlags {
     /// PACELINE_FABRIC, else auto]
     #[arg(long, value_name = "auto|quic|tls", value_parser = fabric)]
     fabric: Option<Fabric>,
+    /// Which part of a job with --nnodes MIN:MAX goes on when its machines lose each other: more than half of them, or
+    /// whichever gets the lease, be it one machine [default: lease with --lease, else majority] [env: PACELINE_FENCE]
+    #[arg(long, value_name = "majority|lease", hide_possible_values = true)]
+    fence: Option<FenceFlag>,
+    /// The file that is the lease, on a file system that all machines see; it is made if there is none [env:
+    /// PACELINE_LEASE]
+    #[arg(long, value_name = "FILE")]
+    lease: Option<PathBuf>,
     /// Allow a job on several machines without a secret, which anybody who reaches it can join, and --fabric tcp, which
     /// neither encrypts nor protects what the ranks send each other [env: PACELINE_INSECURE=1]
     #[arg(long)]
@@ -556,6 +581,8 @@ fn run_args(flags: RunFlags, form: Form, variables: Variables) -> Result<RunArgs
         interface,
         insecure,
         fabric,
+        fence,
+        lease,
         torchrun,
         ..
     } = variables;
@@ -578,6 +605,8 @@ fn run_args(flags: RunFlags, form: Form, variables: Variables) -> Result<RunArgs
     let trusts = secret.is_some() || flags.identity.is_some();
     let last_call = conf.last_call.unwrap_or(LAST_CALL);
     let nodes = node_args(nnodes, (node_rank, agreed), (ranks, last_call), secret)?;
+    let fence = flags.fence.map_or_else(|| fence_variable(fence), |fence| Ok(Some(fence)))?;
+    let nodes = fenced(nodes, fence, (flags.lease, lease))?;
     // torchrun's nodes meet at the program's own address; ours at another port of it.
     let meeting =
         given.or_else(|| flags.torchrun.meeting_host().filter(|_| nodes.is_some()).map(HostAndPort::of_host));
@@ -687,7 +716,53 @@ fn node_args(
         Some(_) => Changes::StartAgain { last_call },
         None => Changes::Vote,
     };
-    Ok(Some(NodeArgs { count, rank: rank.unwrap_or(0), seating, secret, changes }))
+    Ok(Some(NodeArgs { count, rank: rank.unwrap_or(0), seating, secret, changes, lease: None }))
+}
+
+/// The nodes with the lease that decides, if one does: that of the flag, or of the variable.
+fn fenced(
+    nodes: Option<NodeArgs>,
+    fence: Option<FenceFlag>,
+    (flag, variable): (Option<PathBuf>, Option<OsString>),
+) -> Result<Option<NodeArgs>, Error> {
+    let wrong = |text: String| Err(Error::Usage(text));
+    let is_flag = flag.is_some();
+    let lease = flag.or(variable.filter(|file| !file.is_empty()).map(PathBuf::from));
+    match (fence, &lease, &nodes) {
+        (Some(FenceFlag::None), _, Some(nodes)) => wrong(format!(
+            "--fence none with --nnodes {}: machines that lose each other would all go on, each with a model of its \
+             own; choose majority, or lease with --lease FILE",
+            nodes.count
+        )),
+        (Some(FenceFlag::Majority | FenceFlag::None), Some(file), _) if is_flag => {
+            wrong(format!("--lease {} is for --fence lease; leave one of the two out", file.display()))
+        }
+        (Some(FenceFlag::Majority | FenceFlag::None), ..) => Ok(nodes),
+        (Some(FenceFlag::Lease), None, _) => wrong(
+            "--fence lease needs --lease FILE, or PACELINE_LEASE: a file that all machines see".to_owned(),
+        ),
+        (_, Some(file), Some(NodeArgs { changes: Changes::Vote, .. })) => {
+            let file = std::path::absolute(file);
+            let file = file.map_err(|e| Error::Usage(format!("the lease: {e}")))?;
+            Ok(nodes.map(|nodes| NodeArgs { lease: Some(file), ..nodes }))
+        }
+        (_, Some(_), Some(nodes)) if is_flag || fence.is_some() => wrong(format!(
+            "a lease is for programs that go on when the number of machines changes: --nnodes MIN:MAX without \
+             --rdzv-backend c10d, and not --nnodes {}",
+            nodes.count
+        )),
+        // One machine has nobody to lose, and a fixed number of them ends together.
+        _ => Ok(nodes),
+    }
+}
+
+fn fence_variable(value: Option<OsString>) -> Result<Option<FenceFlag>, Error> {
+    use clap::ValueEnum;
+    let Some(text) = value.filter(|text| !text.is_empty()) else { return Ok(None) };
+    let fence = text.to_str().and_then(|text| FenceFlag::from_str(text, false).ok());
+    let wrong =
+        || Error::Usage(format!("PACELINE_FENCE is {text:?}; set it to majority or lease, or unset it"));
+    fence.map(Some).ok_or_else(wrong)
 }
 
 /// The flag, its port or else PACELINE_PORT. Without a flag, the loopback interface of one machine.
@@ -863,6 +938,42 @@ mod tests {
     }
 
     #[test]
+    fn a_lease_decides_where_nodes_may_be_lost_and_nothing_is_no_fence_for_several() {
+        let parse = |flags: &str, fence: &str, lease: &str| {
+            let line = format!("paceline run --rdzv-endpoint a:1 --job-secret s {flags} -- train");
+            let (fence, lease) = (Some(fence.into()), Some(lease.into()));
+            let variables = Variables { fence, lease, ..Variables::default() };
+            match parse(line.split_whitespace().map(OsString::from), variables) {
+                Ok(Request::Run(args)) => Ok(args.nodes.and_then(|nodes| nodes.lease)),
+                Ok(other) => panic!("{other:?}"),
+                Err(error) => Err(error.to_string()),
+            }
+        };
+        let file = Ok(Some(PathBuf::from("/shared/lease")));
+        let two = |more: &str| format!("--nnodes 1:2 --node-rank 0 {more}");
+        assert_eq!(parse(&two(""), "", ""), Ok(None));
+        assert_eq!(parse(&two("--fence majority"), "lease", "/shared/lease"), Ok(None), "the flag counts");
+        for more in ["--lease /shared/lease", "--fence lease --lease /shared/lease"] {
+            assert_eq!(parse(&two(more), "", "/other"), file);
+        }
+        assert_eq!(parse(&two(""), "", "/shared/lease"), file);
+        assert_eq!(parse(&two("--fence lease"), "", "/shared/lease"), file);
+        assert_eq!(parse("--fence none", "", "/shared/lease"), Ok(None));
+        let refused = |flags: &str, fence: &str, lease: &str, why: &str| {
+            let error = parse(flags, fence, lease).expect_err(flags);
+            assert!(error.contains(why) && error.lines().count() == 1, "{flags}: {error}");
+        };
+        refused(&two("--fence none"), "", "", "each with a model of its own");
+        refused(&two(""), "none", "", "each with a model of its own");
+        refused(&two("--fence lease"), "", "", "needs --lease FILE");
+        refused(&two("--fence majority --lease /l"), "", "", "is for --fence lease");
+        refused(&two("--fence half"), "", "", "half");
+        refused(&two(""), "half", "", "PACELINE_FENCE is \"half\"");
+        refused("--nnodes 2 --node-rank 0 --lease /l", "", "", "and not --nnodes 2");
+        refused("--nnodes 1:2 --rdzv-backend c10d --lease /l", "", "", "without --rdzv-backend c10d");
+    }
+
+    #[test]
     fn defaults_are_those_of_the_laptop_form() {
         let args = run_args("paceline run -- train");
         let expected = RunArgs {
@@ -941,6 +1052,7 @@ mod tests {
             seating: Seating::Given,
             secret: Some("s".into()),
             changes: Changes::None,
+            lease: None,
         };
         assert_eq!(endpoint(flag(Some(1)), Some("2".into()), None), at("host", 1));
         assert_eq!(endpoint(flag(None), Some("2".into()), None), at("host", 2));

@@ -40,6 +40,7 @@ mod follower;
 mod founder;
 mod health;
 mod job;
+mod lease;
 mod lines;
 mod local;
 mod news;
@@ -71,6 +72,8 @@ fn main() -> ExitCode {
         health_addr: std::env::var_os("PACELINE_HEALTH_ADDR"),
         insecure: std::env::var_os("PACELINE_INSECURE"),
         fabric: std::env::var_os("PACELINE_FABRIC"),
+        fence: std::env::var_os("PACELINE_FENCE"),
+        lease: std::env::var_os("PACELINE_LEASE"),
         surroundings: pod::Surroundings::here(),
         torchrun: torchrun::Variables::of_process(),
     };

@@ -8,6 +8,7 @@
 
 use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -26,6 +27,8 @@ use crate::ending::Ending;
 use crate::error::Error;
 use crate::founder;
 use crate::job::Cause;
+use crate::lease::Lease;
+use crate::lease::file::FileLease;
 use crate::news::News;
 use crate::rendezvous::{Next, Rendezvous, Status, Told, interface, worker_env};
 use crate::secret;
@@ -36,6 +39,7 @@ const NAME_PAUSE: Duration = Duration::from_millis(200);
 /// See [`rendezvous::open`](crate::rendezvous::open).
 pub fn open(args: &RunArgs, console: &Console) -> Result<Box<dyn Rendezvous>, Error> {
     let nodes = args.nodes.as_ref().expect("a number of nodes that may change is one of several");
+    let lease = nodes.lease.as_deref().map(|file| lease(args, file)).transpose()?;
     let news = News::new().map_err(|e| system("cannot make an event descriptor", &e))?;
     let io = IoThread::start().map_err(|e| system("cannot start the I/O thread", &e))?;
     let status = Status::new(console);
@@ -49,11 +53,13 @@ pub fn open(args: &RunArgs, console: &Console) -> Result<Box<dyn Rendezvous>, Er
     let birth = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64);
     let addr = SocketAddr::new(listen, endpoint.local_addr().port());
     let (most, run_id) = (nodes.count.max, args.torchrun.run_id.clone());
-    let me = Entry { node: args.node(), birth, addr, nodes: most, ranks: args.ranks, run_id };
+    let identity = lease.as_ref().map(|lease| lease.identity().to_owned());
+    let me =
+        Entry { node: args.node(), birth, addr, nodes: most, ranks: args.ranks, run_id, lease: identity };
     tracing::info!(address = %endpoint.local_addr(), "listening for other launchers");
     let meeting = args.rendezvous.to_string();
     let door = Door { io: io.handle(), endpoint, me, nodes: nodes.count.max, meeting };
-    let companions = Companions { door, listen, status };
+    let companions = Companions { door, listen, status, lease };
     let generation = founder::generation(args, 0)?;
     Ok(Box::new(Voter { args: args.clone(), companions, credentials, generation, news, _io: io }))
 }
@@ -136,6 +142,14 @@ fn credentials(
         std::future::ready(fresh.map(|fresh| (fresh, life)).map_err(|e| e.to_string()))
     }));
     Ok(credentials)
+}
+
+/// The lease in that file, which is the same job's.
+fn lease(args: &RunArgs, file: &Path) -> Result<Arc<dyn Lease>, Error> {
+    let job = format!("the job at {}", args.rendezvous);
+    let lease =
+        FileLease::open(file, &job).map_err(|trouble| Error::Usage(format!("the lease: {trouble}")))?;
+    Ok(Arc::new(lease))
 }
 
 /// The same on all nodes, and another one for each endpoint: jobs that share a secret are strangers all the same.

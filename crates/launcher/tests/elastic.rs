@@ -26,8 +26,10 @@ use training::{Model, RANKS, STEPS, check, config, large, number_from, pause, pr
 fn main() {
     job::main(rank, || {
         let mut trials = vec![
-            trial("killed_and_frozen_workers_change_no_bit_of_the_result_with_slots", || chaos(Mode::Slots)),
-            trial("every_sample_is_used_once_in_each_pass_whoever_is_killed", || chaos(Mode::Shrink)),
+            trial("chaos::killed_and_frozen_workers_change_no_bit_of_the_result_with_slots", || {
+                chaos(Mode::Slots)
+            }),
+            trial("chaos::every_sample_is_used_once_in_each_pass_whoever_is_killed", || chaos(Mode::Shrink)),
             trial("without_restarts_left_a_death_ends_the_job", out_of_restarts),
             trial(
                 "before_the_training_all_start_again_and_within_it_the_lost_one_alone_on_one_account",
@@ -262,30 +264,37 @@ impl Watch {
         self.ranks.len() == RANKS && self.ranks.values().all(whole)
     }
 
+    /// Until these have other processes: what all say before is of before, also that a frozen one has come back.
+    fn until_replaced(&mut self, ranks: &[usize], before: &BTreeMap<usize, Pid>) {
+        self.until("there were other processes", |w| ranks.iter().all(|rank| w.pids[rank] != before[rank]));
+    }
+
     /// Until all are members again, in a later epoch, and make steps.
     fn until_whole(&mut self, after_epoch: u64) {
         self.until("all were members again", |w| w.epoch > after_epoch && w.is_whole());
     }
 }
 
-/// A fault and what follows from it, until all are members again.
-fn strike(watch: &mut Watch, rng: &mut Rng) -> u64 {
+/// A fault and what follows from it, until all are members again. Says what it was, and how many they were.
+fn strike(watch: &mut Watch, rng: &mut Rng) -> (&'static str, u64) {
     let mut ranks: Vec<usize> = (0..RANKS).collect();
     rng.shuffle(&mut ranks);
-    let epoch = watch.epoch;
+    let (epoch, before) = (watch.epoch, watch.pids.clone());
     assert!(watch.is_whole(), "a fault strikes a job that is whole:\n{}", watch.tail());
-    match rng.u32(0..10) {
+    let struck = match rng.u32(0..10) {
         0..5 => {
             watch.signal(ranks[0], Signal::KILL);
+            watch.until_replaced(&ranks[..1], &before);
             watch.until_whole(epoch);
-            1
+            ("killed", 1)
         }
         5..7 => {
             watch.signal(ranks[0], Signal::KILL);
             pause(rng, 40);
             watch.signal(ranks[1], Signal::KILL);
+            watch.until_replaced(&ranks[..2], &before);
             watch.until_whole(epoch);
-            2
+            ("two killed at once", 2)
         }
         7..9 => {
             let victim = watch.pids[&ranks[0]];
@@ -298,7 +307,7 @@ fn strike(watch: &mut Watch, rng: &mut Rng) -> u64 {
             let victim = watch.pids[&next];
             watch.until("there was a third process", |w| w.pids[&next] != victim);
             watch.until_whole(epoch);
-            2
+            ("killed, and again while joining", 2)
         }
         _ => {
             watch.signal(ranks[0], Signal::STOP);
@@ -307,32 +316,42 @@ fn strike(watch: &mut Watch, rng: &mut Rng) -> u64 {
             // What they say from now on: whoever was frozen too long is out, and has to come in again.
             watch.ranks.clear();
             watch.until("all were members again", Watch::is_whole);
-            1
+            ("frozen", 1)
         }
-    }
+    };
+    let killed = match struck.0 {
+        "frozen" => 0,
+        "two killed at once" => 2,
+        _ => 1,
+    };
+    let is_same = |rank: &usize| before[rank] == watch.pids[rank];
+    assert!(ranks[killed..].iter().all(is_same), "a survivor was started again:\n{}", watch.tail());
+    struck
 }
 
 fn chaos(mode: Mode) {
-    let faults = number_from("PACELINE_CHAOS_FAULTS").unwrap_or(20);
+    let faults = number_from("PACELINE_CHAOS_FAULTS").unwrap_or(36);
     let seed = number_from("PACELINE_CHAOS_SEED").unwrap_or_else(|| Rng::new().u64(..));
     println!("PACELINE_CHAOS_SEED={seed}");
-    let mut rng = Rng::with_seed(seed);
+    let (mut rng, started) = (Rng::with_seed(seed), Instant::now());
     let folder = tempfile::tempdir().expect("a temporary folder");
     let pace = folder.path().join("pace");
     let passes = 4 + 4 * faults;
     let part = if mode == Mode::Slots { "slots" } else { "shrink" };
     let mut watch = Watch::new(start(part, passes, &pace, "1000000"));
     watch.until("all were members", |w| w.is_whole() && w.step > 2);
-    let mut struck = 0;
-    while struck < faults {
+    let mut tally = BTreeMap::<&str, u64>::new();
+    while tally.values().sum::<u64>() < faults {
         set_pace(&pace, watch.step / STEPS + 2);
         pause(&mut rng, 50);
-        struck += strike(&mut watch, &mut rng);
+        let (kind, struck) = strike(&mut watch, &mut rng);
+        *tally.entry(kind).or_default() += struck;
     }
     set_pace(&pace, u64::MAX);
     let finished = watch.job.finish();
     finished.assert_success();
     check(&finished.lines_with("complete digest "), mode, passes);
+    println!("one launcher of four ranks, {mode:?}, {:.0} s: {tally:?}", started.elapsed().as_secs_f64());
 }
 
 fn start(part: &str, passes: u64, pace: &Path, restarts: &str) -> Job {

@@ -19,6 +19,7 @@ use paceline_runtime::rendezvous::worker;
 use super::Shared;
 use super::mesh::{Contacts, Heard, Mesh, Word};
 use crate::cli::{Changes, RunArgs};
+use crate::lease::{Answer, Keeper, Trouble};
 use crate::rendezvous::Status;
 
 /// How long the others may take to complete the training, once one has, while no worker here sends or receives a state or a
@@ -44,6 +45,8 @@ pub enum Input {
     Died(Child),
     /// Of the launcher of another node.
     Launcher { node: u32, heard: Heard },
+    /// The lease has an answer.
+    Lease(Answer),
 }
 
 /// What is settled before the thread starts.
@@ -122,6 +125,9 @@ pub struct Membership {
     /// The newest epoch that this launcher has heard of; see `claim`.
     stored: Epoch,
     mesh: Option<Mesh>,
+    /// What decides in place of a vote, and why it had no answer the last time.
+    lease: Option<Keeper>,
+    lease_trouble: Option<String>,
     /// What is known of the other nodes.
     elsewhere: BTreeMap<u32, Elsewhere>,
     /// Since when there are fewer nodes than may go on.
@@ -151,7 +157,13 @@ struct Elsewhere {
 }
 
 impl Membership {
-    pub fn new(setting: Setting, shared: Arc<Shared>, status: Option<Status>, mesh: Option<Mesh>) -> Self {
+    /// `mesh` has the other launchers and `lease` what decides in place of their vote, where there are any.
+    pub fn new(
+        setting: Setting,
+        shared: Arc<Shared>,
+        status: Option<Status>,
+        (mesh, lease): (Option<Mesh>, Option<Keeper>),
+    ) -> Self {
         Self {
             setting,
             shared,
@@ -164,6 +176,8 @@ impl Membership {
             beginner: None,
             stored: Epoch(0),
             mesh,
+            lease,
+            lease_trouble: None,
             elsewhere: BTreeMap::new(),
             too_few: None,
             completed: None,
@@ -256,6 +270,7 @@ impl Membership {
             Input::Said { .. } => {}
             Input::Died(child) => self.on_died(child),
             Input::Launcher { node, heard } => self.on_launcher(node, heard),
+            Input::Lease(answer) => self.on_lease(answer),
         }
     }
 
@@ -270,7 +285,8 @@ impl Membership {
         if self.dead.contains(&child) || self.workers.contains_key(&child) {
             return refuse(format!("process {} has attached before, or has ended", child.0));
         }
-        let (start, job) = (self.now(), terms(wish, &self.setting));
+        let fence = if self.lease.is_some() { Fence::Lease } else { Fence::Majority };
+        let (start, job) = (self.now(), terms(wish, fence, &self.setting));
         let voter = Voter { seat: Seat(self.setting.node), incarnation: draw() };
         self.first_came.get_or_insert_with(Instant::now);
         let (first, core) = self.job.get_or_insert_with(|| (wish, Launcher::new(job, voter, start)));
@@ -478,7 +494,32 @@ impl Membership {
                 gone.into_iter().for_each(|incarnation| self.tell_all(&ToChild::Forget(incarnation)));
             }
             Word::Finished => self.elsewhere.entry(node).or_default().finished = true,
-            Word::Hello(_) | Word::Known(_) => {}
+            Word::Hello(_) | Word::Known(_) | Word::Alive => {}
+        }
+    }
+
+    // ---- the lease ----
+
+    fn on_lease(&mut self, answer: Answer) {
+        self.lease.iter_mut().for_each(|lease| lease.heard(&answer));
+        let trouble = match &answer {
+            Answer::Failed(trouble) => Some(trouble.to_string()),
+            Answer::Claimed(_) | Answer::Swapped(_) => None,
+        };
+        if let Some(trouble) = trouble.as_ref().filter(|_| trouble != self.lease_trouble) {
+            tracing::warn!(trouble, "the lease has no answer");
+        }
+        self.lease_trouble = trouble;
+        match answer {
+            Answer::Claimed(epoch) => {
+                self.stored = self.stored.max(epoch);
+                self.tell_core(LauncherEvent::Claimed(epoch));
+            }
+            Answer::Swapped(Some(decision)) => self.tell_core(LauncherEvent::Swapped(decision)),
+            // Another job is founded there, which this launcher is not in.
+            Answer::Swapped(None) => {}
+            Answer::Failed(Trouble::Lasting(reason)) => self.give_up(format!("the lease: {reason}")),
+            Answer::Failed(Trouble::Passing(_)) => {}
         }
     }
 
@@ -517,16 +558,24 @@ impl Membership {
                 None
             }
             LauncherAction::Claim => {
-                self.stored = claim(self.stored, self.setting.has_several_nodes());
-                Some(LauncherEvent::Claimed(self.stored))
+                let next = claim(self.stored, self.setting.has_several_nodes());
+                if let Some(lease) = &self.lease {
+                    lease.claim(next);
+                    return None;
+                }
+                self.stored = next;
+                Some(LauncherEvent::Claimed(next))
             }
             LauncherAction::Draw => Some(LauncherEvent::Drawn(draw())),
             LauncherAction::GiveUp(reason) => {
-                self.give_up(reason);
+                let trouble = self.lease_trouble.iter().map(|trouble| format!("; the lease: {trouble}"));
+                self.give_up(reason + &trouble.collect::<String>());
                 None
             }
-            // Launchers vote, and there is no lease.
-            LauncherAction::Swap(_) => None,
+            LauncherAction::Swap(decision) => {
+                self.lease.iter_mut().for_each(|lease| lease.swap(decision.clone()));
+                None
+            }
         }
     }
 }
@@ -541,7 +590,7 @@ fn claim(stored: Epoch, several_nodes: bool) -> Epoch {
     stored.max(floor).next()
 }
 
-fn terms(wish: Wish, setting: &Setting) -> Job {
+fn terms(wish: Wish, fence: Fence, setting: &Setting) -> Job {
     let workers_per_launcher = u16::try_from(setting.ranks).unwrap_or(u16::MAX);
     let seats = setting.nodes.0;
     let workers = u16::try_from(u32::from(workers_per_launcher).saturating_mul(seats)).unwrap_or(u16::MAX);
@@ -550,7 +599,7 @@ fn terms(wish: Wish, setting: &Setting) -> Job {
         workers_per_launcher,
         slots: wish.slots.unwrap_or(workers),
         mode: wish.mode,
-        fence: Fence::Majority,
+        fence,
         timing: Timing::default(),
     }
 }
@@ -578,7 +627,7 @@ mod tests {
             let (patience, listen) = (Duration::from_secs(60), IpAddr::V4(Ipv4Addr::LOCALHOST));
             let setting = Setting { ranks: 2, node: 0, nodes: (1, 1), refusal: None, patience, listen };
             let shared = Shared { state: Default::default(), news: News::new().expect("a descriptor") };
-            let membership = Membership::new(setting, Arc::new(shared), None, None);
+            let membership = Membership::new(setting, Arc::new(shared), None, (None, None));
             Self { membership, told: BTreeMap::new() }
         }
 

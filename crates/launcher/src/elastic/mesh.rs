@@ -9,7 +9,7 @@
 //! A message may be lost with its connection; the membership sees to that. What else must be known is said again on
 //! every new connection.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::mpsc::Sender;
@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use tokio::net::{TcpStream, lookup_host};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::JoinHandle;
-use tokio::time::{sleep, timeout};
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 
 use super::membership::Input;
 
@@ -36,6 +36,16 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_
 /// How long whoever has dialled may take to say which launcher it is, and how long one message may take to go out: a
 /// launcher that is frozen takes nothing.
 const WORD_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long another launcher may take to answer when it is dialled. The system asks again after a second, so two are two
+/// attempts; with more of them the pauses would grow, and a network that has healed would not be noticed for long.
+const DIAL_LIMIT: Duration = Duration::from_secs(2);
+
+/// How often a launcher is told that this one is there, and how many times of that one may be silent before it is dialled
+/// anew: TCP waits twice as long after each attempt, so a connection over which a network was cut for a few seconds takes
+/// as many again to go on once it is whole.
+const ALIVE_INTERVAL: Duration = Duration::from_millis(500);
+const SILENT_INTERVALS: u32 = 4;
 
 /// How long a host may take to say whether anybody listens at an address of its own.
 const KNOCK_LIMIT: Duration = Duration::from_millis(300);
@@ -59,6 +69,8 @@ pub struct Entry {
     pub ranks: u32,
     /// The name of the run, the same too.
     pub run_id: String,
+    /// What names the lease that decides, if one does; the same too.
+    pub lease: Option<String>,
 }
 
 impl Entry {
@@ -77,6 +89,18 @@ impl Entry {
                  --nnodes and --nproc-per-node",
                 self.nodes, self.ranks, me.nodes, me.ranks
             ));
+        }
+        if self.lease != me.lease {
+            let reason = match (&self.lease, &me.lease) {
+                (Some(_), Some(_)) => {
+                    "its lease is another file than that of this one; give all the same --lease"
+                }
+                (Some(_), None) => {
+                    "it goes by a lease and this one by a majority; start all with the same --fence"
+                }
+                _ => "it goes by a majority and this one by a lease; start all with the same --fence",
+            };
+            return Some(reason.to_owned());
         }
         let later = known.is_some_and(|known| known.birth > self.birth);
         later.then(|| {
@@ -106,6 +130,8 @@ pub enum Word {
     Forget(Incarnation),
     /// All members here have completed the training.
     Finished,
+    /// This launcher is there. Said all the time: connections on which nothing comes are of no use.
+    Alive,
 }
 
 /// What there is before the mesh: where this launcher listens, and whom it looks for.
@@ -141,6 +167,8 @@ struct State {
     /// By node, the birth of the process that was refused last, of which the log speaks once.
     refused: BTreeMap<u32, u64>,
     lanes: BTreeMap<u32, Lane>,
+    /// Who has said something since its lane has looked.
+    heard: BTreeSet<u32>,
     // What is said again on every new connection:
     wish: Option<Wish>,
     contacts: BTreeMap<Incarnation, Contact>,
@@ -191,7 +219,7 @@ impl Mesh {
                 state.contacts.remove(incarnation);
             }
             Word::Finished => state.finished = true,
-            Word::Hello(_) | Word::Known(_) | Word::Workers(_) | Word::Says(_) => {}
+            Word::Hello(_) | Word::Known(_) | Word::Workers(_) | Word::Says(_) | Word::Alive => {}
         }
         state.tell_all(&word);
     }
@@ -269,6 +297,11 @@ impl Shared {
         }
     }
 
+    /// Whether that launcher has said something since this was asked last.
+    fn was_heard(&self, node: u32) -> bool {
+        self.lock().heard.remove(&node)
+    }
+
     fn unfit(&self, entry: &Entry) -> Option<String> {
         entry.unfit(&self.door.me, self.lock().known.get(&entry.node))
     }
@@ -326,11 +359,16 @@ async fn reach_once(
     let node = entry.node;
     let unknown = |error: io::Error| TransportError::Usage { reason: error.to_string() };
     let addr = shared.address(entry).await.map_err(unknown)?;
-    let connection = shared.door.endpoint.connect(addr, &launcher(node as usize)).await?;
+    let dialled = timeout(DIAL_LIMIT, shared.door.endpoint.connect(addr, &launcher(node as usize))).await;
+    let connection = dialled.map_err(|_| silent(node, DIAL_LIMIT))??;
     let (mut sender, mut receiver) = connection.open_messages().await?;
     *pause = PAUSES.0;
     // What is announced from here on is in the queue too, and saying it twice does no harm.
     let mut words = shared.lock().introduction(&shared.door.me).into_iter();
+    // One that did not run for a while has missed its own intervals too.
+    let mut alive = interval(ALIVE_INTERVAL);
+    alive.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut silence = 0;
     let ended = loop {
         let word = match words.next() {
             Some(word) => word,
@@ -341,15 +379,19 @@ async fn reach_once(
                 },
                 // The other side says nothing here: this is the end.
                 said = receiver.recv::<Word>() => break said.map(drop),
+                _ = alive.tick() => {
+                    silence = if shared.was_heard(node) { 0 } else { silence + 1 };
+                    if silence > SILENT_INTERVALS {
+                        break Err(silent(node, ALIVE_INTERVAL * SILENT_INTERVALS));
+                    }
+                    Word::Alive
+                }
             },
         };
         match timeout(WORD_LIMIT, sender.send(&word)).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => break Err(error),
-            Err(_) => {
-                let what = format!("the launcher of node {node} to listen");
-                break Err(TransportError::TimedOut { what, ranks: Vec::new(), elapsed: WORD_LIMIT });
-            }
+            Err(_) => break Err(silent(node, WORD_LIMIT)),
         }
     };
     drop(connection);
@@ -357,6 +399,11 @@ async fn reach_once(
     let gone = matches!(knocked, Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused);
     shared.tell(node, if gone { Heard::Gone } else { Heard::Lost });
     ended.and(Err(TransportError::Usage { reason: "it closed the connection".to_owned() }))
+}
+
+fn silent(node: u32, elapsed: Duration) -> TransportError {
+    let what = format!("the launcher of node {node}");
+    TransportError::TimedOut { what, ranks: Vec::new(), elapsed }
 }
 
 // ---- listening ----
@@ -412,11 +459,16 @@ async fn follow(
 ) -> Result<(), TransportError> {
     while let Some(word) = receiver.recv::<Word>().await? {
         // Its successor has come: what is left on this connection is of the one before.
-        if shared.lock().known.get(&node).is_some_and(|known| known.birth != birth) {
-            return Err(refused("another launcher has this place"));
+        {
+            let mut state = shared.lock();
+            if state.known.get(&node).is_some_and(|known| known.birth != birth) {
+                return Err(refused("another launcher has this place"));
+            }
+            state.heard.insert(node);
         }
         match word {
             Word::Known(entries) => shared.learn(entries),
+            Word::Alive => {}
             Word::Hello(_) => return Err(refused("a second hello")),
             Word::Says(envelope) if envelope.from.seat.0 != node => {
                 return Err(refused("a message in the name of another node"));
@@ -476,12 +528,50 @@ impl Contacts {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+    use std::sync::mpsc::channel;
+
+    use paceline_transport::IoThread;
+    use paceline_transport::identity::JobAuthority;
+
     use super::*;
+
+    /// Its end of the network is fine, so nothing below would ever end the connection.
+    #[test]
+    fn a_launcher_of_which_nothing_comes_is_dialled_anew() {
+        let io = IoThread::start().expect("a thread");
+        let authority = JobAuthority::new("job").expect("a name");
+        let endpoint = |node| {
+            let identity = authority.issue(&launcher(node), Duration::from_secs(3600)).expect("an identity");
+            Endpoint::bind(&io.handle(), (Ipv4Addr::LOCALHOST, 0).into(), &identity).expect("a port")
+        };
+        let (here, there) = (endpoint(1), endpoint(0));
+        let (addr, meeting) = (here.local_addr(), there.local_addr().to_string());
+        let me = Entry { node: 1, birth: 1, addr, nodes: 2, ranks: 1, run_id: String::new(), lease: None };
+        let (inputs, _heard) = channel();
+        let _mesh = Mesh::new(Door { io: io.handle(), endpoint: here, me, nodes: 2, meeting }, inputs);
+        let mut silent = Vec::new();
+        for time in ["first", "second"] {
+            let there = there.clone();
+            let greeted = async move {
+                let connection = there.accept().await?;
+                let (sender, mut receiver) = connection.accept_messages().await?;
+                let first = receiver.recv::<Word>().await?;
+                Ok::<_, TransportError>((connection, sender, receiver, first))
+            };
+            let greeted = io.handle().block_on(async { timeout(Duration::from_secs(60), greeted).await });
+            let (connection, sender, receiver, first) =
+                greeted.expect("the thread runs").expect("it comes").expect("it is a launcher");
+            assert!(matches!(first, Some(Word::Hello(Entry { node: 1, .. }))), "the {time} time");
+            silent.push((connection, sender, receiver));
+        }
+    }
 
     #[test]
     fn a_launcher_that_was_started_with_other_numbers_or_before_the_present_one_does_not_fit() {
         let addr = SocketAddr::from(([127, 0, 0, 1], 1));
-        let me = Entry { node: 0, birth: 5, addr, nodes: 4, ranks: 2, run_id: "tuesday".to_owned() };
+        let run_id = "tuesday".to_owned();
+        let me = Entry { node: 0, birth: 5, addr, nodes: 4, ranks: 2, run_id, lease: None };
         let other = Entry { node: 1, birth: 7, ..me.clone() };
         assert_eq!(other.unfit(&me, None), None);
         let ranks = Entry { ranks: 1, ..other.clone() }.unfit(&me, None).expect("other ranks");
@@ -489,6 +579,11 @@ mod tests {
         assert!(Entry { nodes: 3, ..other.clone() }.unfit(&me, None).is_some());
         let run = Entry { run_id: "monday".to_owned(), nodes: 3, ..other.clone() }.unfit(&me, None);
         assert!(run.is_some_and(|reason| reason.contains("--rdzv-id monday and this one with tuesday")));
+        let leased = |name: &str| Entry { lease: Some(name.to_owned()), ..me.clone() };
+        assert!(leased("a").unfit(&me, None).is_some_and(|reason| reason.contains("this one by a majority")));
+        assert!(me.unfit(&leased("a"), None).is_some_and(|reason| reason.contains("this one by a lease")));
+        assert!(leased("a").unfit(&leased("b"), None).is_some_and(|reason| reason.contains("another file")));
+        assert_eq!(leased("a").unfit(&leased("a"), None), None);
         let known = |birth| Entry { birth, ..other.clone() };
         assert_eq!(other.unfit(&me, Some(&known(7))), None, "it says hello again");
         assert_eq!(other.unfit(&me, Some(&known(6))), None, "it is the successor");

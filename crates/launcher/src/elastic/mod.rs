@@ -27,6 +27,7 @@ use crate::cli::RunArgs;
 use crate::credentials::{hold, private_folder, private_folder_in};
 use crate::ending::Ending;
 use crate::error::Error;
+use crate::lease::{Keeper, Lease};
 use crate::news::News;
 use crate::rendezvous::{Rendezvous, Status};
 
@@ -58,6 +59,8 @@ pub struct Companions {
     pub listen: IpAddr,
     /// Says who is missing.
     pub status: Status,
+    /// What decides in place of a vote, if anything does.
+    pub lease: Option<Arc<dyn Lease>>,
 }
 
 /// What is to become of a rank that has ended.
@@ -123,10 +126,15 @@ impl Elastic {
         let (inputs, heard) = channel();
         let companions = rendezvous.companions();
         let listen = companions.as_ref().map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |others| others.listen);
+        let lease = companions.as_ref().and_then(|others| others.lease.clone());
+        let answers = inputs.clone();
+        let lease =
+            lease.map(|lease| Keeper::start(lease, move |said| drop(answers.send(Input::Lease(said)))));
+        let lease = lease.transpose().map_err(system("cannot start the lease's thread"))?;
         let (mesh, status) =
             companions.map(|others| (Mesh::new(others.door, inputs.clone()), others.status)).unzip();
         let always = mesh.is_some();
-        let membership = Membership::new(Setting::new(args, listen), shared.clone(), status, mesh);
+        let membership = Membership::new(Setting::new(args, listen), shared.clone(), status, (mesh, lease));
         membership.start(heard).map_err(system("cannot start the membership's thread"))?;
         let listener = socket::listen(&socket, inputs.clone())
             .map_err(system(&format!("cannot listen for workers at {}", socket.display())))?;

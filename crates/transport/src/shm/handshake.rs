@@ -38,6 +38,9 @@ const MAGIC: [u8; 8] = *b"PACESHM1";
 /// connected already; the rest is for a machine that is overloaded.
 const INTRODUCTION_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How often it is asked whether to give up.
+const GIVE_UP_INTERVAL: Duration = Duration::from_millis(20);
+
 /// What the ranks of one host have of each other.
 pub(super) struct Acquaintance {
     /// The ranks of this host, in order. Their places here are the indices below.
@@ -116,7 +119,7 @@ pub(super) fn run(
                 .enumerate()
                 .filter(|(peer, _)| !members.contains(peer))
                 .for_each(|(_, s)| *s = None);
-            door.introduce(rank, sockets, &members, &hellos).map(Some)
+            door.introduce(rank, sockets, (&members, &hellos), give_up).map(Some)
         }
         Ok(_) => Ok(None),
         Err(reason) => Err(reason),
@@ -204,13 +207,14 @@ impl Door {
     }
 
     /// Meets the other ranks of this host: those that this one has called, through `sockets`, and those that
-    /// call. The result knows nothing of other hosts.
+    /// call. The result knows nothing of other hosts. A rank that dies meanwhile never says who it was, so `give_up` ends
+    /// the wait for it.
     fn introduce(
         self,
         rank: usize,
         mut sockets: Vec<Option<UnixStream>>,
-        members: &[usize],
-        hellos: &[Option<Hello>],
+        (members, hellos): (&[usize], &[Option<Hello>]),
+        give_up: &dyn Fn() -> Option<String>,
     ) -> Result<Acquaintance, String> {
         let world_size = hellos.len();
         let deadline = Instant::now() + INTRODUCTION_TIMEOUT;
@@ -223,6 +227,7 @@ impl Door {
             send_memory(socket.as_fd(), &introduction(rank, &token), own.file())
         };
         let hear = |socket: &UnixStream| -> io::Result<(usize, SharedMemory)> {
+            readable_unless(socket.as_fd(), deadline, give_up)?;
             let (bytes, file) = receive_memory(socket.as_fd(), deadline)?;
             let peer = introduced(&bytes, &self.hello.token, world_size)?;
             Ok((peer, SharedMemory::open(file, own.len())?))
@@ -236,8 +241,9 @@ impl Door {
             peer > rank && members.contains(&peer) && memory[peer].is_none()
         };
         while members.iter().any(|&peer| is_missing(&memory, peer)) {
-            let socket =
-                accept(&self.listener, deadline).map_err(|error| format!("waiting for a rank: {error}"))?;
+            let socket = readable_unless(self.listener.as_fd(), deadline, give_up)
+                .and_then(|()| accept(&self.listener, deadline))
+                .map_err(|error| format!("waiting for a rank: {error}"))?;
             // Whoever is turned away here has found a name that is in no list, or is not one of ours.
             match hear(&socket) {
                 Ok((peer, theirs)) if is_missing(&memory, peer) => {
@@ -391,6 +397,23 @@ pub(super) fn send_memory(
     }
 }
 
+/// Waits until there is something to read, until `deadline`, or until `give_up` has a reason.
+fn readable_unless(
+    file: BorrowedFd<'_>,
+    deadline: Instant,
+    give_up: &dyn Fn() -> Option<String>,
+) -> io::Result<()> {
+    loop {
+        if let Some(reason) = give_up() {
+            return Err(io::Error::other(reason));
+        }
+        match readable(file, deadline.min(Instant::now() + GIVE_UP_INTERVAL)) {
+            Err(error) if error.kind() == io::ErrorKind::TimedOut && Instant::now() < deadline => {}
+            outcome => return outcome,
+        }
+    }
+}
+
 /// Receives what [`send_memory`] sends, until `deadline`.
 pub(super) fn receive_memory(
     socket: BorrowedFd<'_>,
@@ -467,8 +490,8 @@ impl Links<'_> {
                 return Err(Error::TimedOut { what, ranks: vec![peer], elapsed: started.elapsed() });
             }
             if !moved {
-                // Short, to hear `give_up` in time; the links wake us when something comes.
-                self.links.wait(self.deadline.min(now + Duration::from_millis(20)));
+                // The links wake us when something comes.
+                self.links.wait(self.deadline.min(now + GIVE_UP_INTERVAL));
             }
         }
         Ok(received
@@ -510,6 +533,22 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    /// It has called, or will, and nobody else knows the name.
+    #[test]
+    fn a_rank_that_dies_before_it_has_said_who_it_is_is_waited_for_until_somebody_knows_better() {
+        let (door, other) = (Door::open().expect("a socket"), Door::open().expect("a socket"));
+        let called = door.hello.connect().expect("it listens");
+        let hellos = [Some(door.hello), Some(other.hello)];
+        drop(called);
+        let asked = std::cell::Cell::new(0);
+        let give_up = || {
+            asked.set(asked.get() + 1);
+            (asked.get() > 3).then(|| "it has died".to_owned())
+        };
+        let met = door.introduce(0, vec![None, None], (&[0, 1], &hellos), &give_up);
+        assert_eq!(met.err().as_deref(), Some("waiting for a rank: it has died"));
+    }
 
     fn rows(reached: &[&[usize]]) -> Vec<Vec<u8>> {
         reached.iter().map(|row| to_bits((0..reached.len()).map(|peer| row.contains(&peer)))).collect()

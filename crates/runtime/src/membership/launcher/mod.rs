@@ -351,6 +351,11 @@ impl Launcher {
         self.newest_stable = self.newest_stable.min(decision.resolution.applied);
         self.member = view.voter(self.me.incarnation).is_some_and(|(_, voter)| *voter == self.me);
         self.forget_epoch();
+        match (was_member, self.member) {
+            (false, true) => self.outside.entered(self.now),
+            (true, false) => self.outside.removed(self.now, self.job.timing.suspect),
+            _ => {}
+        }
         if self.member {
             self.act(LauncherAction::Persist(view.epoch));
             self.heard = view.voters.iter().map(|voter| (voter.incarnation, self.now)).collect();
@@ -453,7 +458,8 @@ impl Launcher {
         let ready = self.children.values().filter(|child| child.ready).map(|child| child.hello.worker);
         let workers: Vec<Incarnation> = ready.collect();
         let Some(decision) = &self.decision else { return };
-        if workers.is_empty() && (self.member || self.job.workers_per_launcher > 0) {
+        let is_resting = !self.member && self.outside.is_resting(self.now);
+        if is_resting || workers.is_empty() && (self.member || self.job.workers_per_launcher > 0) {
             return;
         }
         if !self.member {

@@ -29,9 +29,24 @@ pub(super) struct Outside {
     pub(super) attended: bool,
     /// The epoch in which it asked to enter, under this incarnation.
     pub(super) asked_to_enter: Option<Epoch>,
+    rest: Rest,
     seekers: BTreeMap<Seat, Seeker>,
     founding: Option<Founding>,
 }
+
+/// How long a launcher waits before it asks to enter again. As a rule it does not; but while two members do not hear each
+/// other and all others do, one of them is removed each time that both are there, after a silence in which nobody makes a
+/// step. So whoever has been removed soon after it came waits, and twice as long the next time.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+struct Rest {
+    entered: Duration,
+    lasts: Duration,
+    until: Duration,
+}
+
+/// Removed within so many times [`Timing::suspect`](crate::membership::Timing::suspect) is soon, and the longest rest.
+const SOON: u32 = 10;
+const LONGEST_REST: u32 = 8;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Seeker {
@@ -55,9 +70,26 @@ impl Outside {
             floor: Epoch(0),
             attended: false,
             asked_to_enter: None,
+            rest: Rest::default(),
             seekers: BTreeMap::new(),
             founding: None,
         }
+    }
+
+    pub(super) fn entered(&mut self, now: Duration) {
+        self.rest.entered = now;
+    }
+
+    pub(super) fn removed(&mut self, now: Duration, suspect: Duration) {
+        let Rest { entered, lasts, .. } = self.rest;
+        let was_soon = now < entered + suspect * SOON;
+        let lasts =
+            if was_soon { (lasts * 2).clamp(suspect, suspect * LONGEST_REST) } else { Duration::ZERO };
+        self.rest = Rest { entered, lasts, until: now + lasts };
+    }
+
+    pub(super) fn is_resting(&self, now: Duration) -> bool {
+        now < self.rest.until
     }
 
     pub(super) fn reset(&mut self) {
