@@ -7,7 +7,7 @@
 //! again find the addresses of the attempt before, cannot connect and fail, until no restart is left. With
 //! `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` each attempt has a store of its own; both are measured.
 //!
-//! torchft's replicas run xtask/torchrun/torchft.py, a job for each fault too: its survivors go on by themselves, and the time
+//! torchft's replicas run xtask/torchrun/replicas.py, a job for each fault too: its survivors go on by themselves, and the time
 //! is that until all have applied the same step again. It has torchft's own deadlines.
 
 use super::Options;
@@ -273,7 +273,7 @@ fn torchrun_job(torchrun: &Torchrun, store: Store) -> Command {
 
 fn torchft_job(torchrun: &Torchrun, packages: &Path) -> Command {
     let mut command = Command::new(torchrun.python());
-    command.arg(workspace::root().join("xtask/torchrun/torchft.py")).arg(RANKS.to_string());
+    command.arg(workspace::root().join("xtask/torchrun/replicas.py")).arg(RANKS.to_string());
     for (name, value) in torchrun.environment() {
         if name == "PYTHONPATH" {
             let mut both = OsString::from(packages);

@@ -1,6 +1,7 @@
 """A training of torchft's that goes on when a replica is lost: all-reduces 25 MiB and applies the result, and says when.
 
-With a number it starts a lighthouse and as many replicas, each a process, and waits for these."""
+With a number it starts a lighthouse and as many replicas, each a process, and waits for these. Not called torchft, which is
+the module that it imports."""
 
 import datetime
 import os
