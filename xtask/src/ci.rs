@@ -41,7 +41,7 @@ fn clippy(limit: Duration) -> Result<()> {
     let deny = ["--", "--deny", "warnings"];
     process::run(cargo(&[clippy.as_slice(), &["--workspace"], &deny].concat()), limit)?;
     // Not among all targets, because `cargo test` leaves it out.
-    let more = ["hosts", "discovery", "dist", "side_by_side", "recovery"];
+    let more = ["hosts", "discovery", "dist", "side_by_side", "recovery", "tensorflow"];
     let suites: Vec<&str> = more.into_iter().flat_map(|suite| ["--test", suite]).collect();
     let needs_more = ["clippy", "--locked", "--workspace"];
     process::run(cargo(&[needs_more.as_slice(), suites.as_slice(), &deny].concat()), limit)?;

@@ -22,6 +22,7 @@ mod siege;
 mod step;
 mod suites;
 mod system;
+mod tensorflow;
 mod torch;
 mod torchrun;
 mod workspace;
@@ -56,6 +57,8 @@ enum Task {
     FlightRecorder,
     /// The tests that run the launcher beside PyTorch's torchrun; installs it
     Torchrun(torchrun::Options),
+    /// The tests that run TensorFlow's own training under the launcher; installs it
+    Tensorflow,
     /// Build the launcher as one file without any library, and start it where there is nothing else
     Dist,
     /// Run a program as the ranks of a job on N hosts of this machine, over links as asked for; needs root
@@ -89,6 +92,7 @@ fn main() -> ExitCode {
         Task::Gpu => gpu::run(),
         Task::FlightRecorder => flight_recorder::run(),
         Task::Torchrun(options) => torchrun::run(&options),
+        Task::Tensorflow => tensorflow::run(),
         Task::Dist => dist::run(),
         Task::Hosts(options) => hosts::run(&options),
         Task::Ci => ci::run(),
