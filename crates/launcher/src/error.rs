@@ -49,6 +49,14 @@ pub enum Error {
         /// Who is missing, or why this node was refused.
         why: String,
     },
+    /// The job has ended before this launcher could take part in it. No rank has been started.
+    #[error("{why}")]
+    Over {
+        /// That it has, and of what it has failed if it has.
+        why: String,
+        /// The job's exit code.
+        exit_code: u8,
+    },
     /// Supervising this many ranks needs more open files than the process may have.
     #[error(
         "{ranks} ranks need {needed} open files and the limit is {limit}; raise it with ulimit -n {needed}"
@@ -76,6 +84,10 @@ impl Error {
     pub fn nodes(args: &RunArgs, e: &paceline_runtime::Error) -> Self {
         let why = match e {
             paceline_runtime::Error::Rendezvous { reason, .. } => reason.clone(),
+            paceline_runtime::Error::Over { cause } => {
+                let code = cause.as_ref().map_or(0, |cause| cause.exit_code);
+                return Error::Over { why: e.to_string(), exit_code: args.torchrun.exit_code.of(code) };
+            }
             e => e.to_string(),
         };
         Error::Nodes { endpoint: args.rendezvous.to_string(), why }
@@ -88,6 +100,7 @@ impl Error {
             Error::ProgramMissing { .. } | Error::ScriptMissing { .. } => 127,
             Error::ProgramNotExecutable { .. } => 126,
             Error::System { .. } | Error::Nodes { .. } => 1,
+            Error::Over { exit_code, .. } => *exit_code,
         }
     }
 }

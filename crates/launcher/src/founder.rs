@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use paceline_runtime::nodes::{Failure, Generation};
+use paceline_runtime::nodes::{Failure, Generation, LOST_NODE};
 use paceline_runtime::rendezvous::{Server, Start};
 use paceline_transport::Error as TransportError;
 use paceline_transport::boot::BootServer;
@@ -129,8 +129,14 @@ struct Progress {
 /// What follows a generation whose ranks have all ended.
 enum After {
     Undecided,
-    /// Another one, for this reason, as soon as all nodes are there.
-    Again(Option<Failure>),
+    /// Another one, for this reason, as soon as all nodes are there. That a node has come is not what the job fails of, should
+    /// too few be left.
+    Again {
+        reason: Option<Failure>,
+        has_come: bool,
+    },
+    /// That was to be, but not enough nodes are there.
+    InVain(Failure),
     /// Nothing. The others were told at this time.
     Nothing(Instant),
 }
@@ -186,8 +192,10 @@ impl Rendezvous for Founder {
 
     fn next(&self, told: Told) -> Next {
         let mut progress = self.progress();
-        if let After::Again(_) = progress.after {
-            return self.start(&mut progress);
+        match progress.after {
+            After::Again { .. } => return self.start(&mut progress),
+            After::InVain(_) => return Next::End,
+            After::Undecided | After::Nothing(_) => {}
         }
         let at_work = self.server.nodes_at_work();
         let failed = self.server.failure().is_some();
@@ -214,7 +222,8 @@ impl Rendezvous for Founder {
     fn cause(&self) -> Option<Cause> {
         let progress = self.progress();
         let failure = match &progress.after {
-            After::Again(failure) => failure.clone(),
+            After::Again { reason, .. } => reason.clone(),
+            After::InVain(failure) => Some(failure.clone()),
             After::Undecided | After::Nothing(_) => self.server.cause(),
         };
         failure.map(|failure| cause(&self.args, &progress.generation, failure))
@@ -232,9 +241,10 @@ impl Founder {
     }
 
     fn begin_again(&self, progress: &mut Progress) -> Next {
+        let has_come = self.server.changes();
         let next = match generation(&self.args, progress.generation.number + 1) {
             Ok(next) => {
-                let changes = progress.generation.changes + u32::from(self.server.changes());
+                let changes = progress.generation.changes + u32::from(has_come);
                 Generation { changes, ..next }
             }
             Err(error) => {
@@ -242,7 +252,7 @@ impl Founder {
                 return self.conclude(progress);
             }
         };
-        progress.after = After::Again(self.server.cause());
+        progress.after = After::Again { reason: self.server.cause(), has_come };
         let Wait { deadline, say, .. } = Wait::of(&self.args, &self.io.handle(), self.status.clone());
         self.server.begin_again(next, deadline, say);
         self.start(progress)
@@ -259,6 +269,10 @@ impl Founder {
             Start::Missing(nodes) => {
                 tracing::error!(?nodes, "the nodes have not met again");
                 self.status.say(&format!("{} did not come again", list_nodes(&self.args, &nodes)));
+                if let (After::Again { has_come: true, .. }, Some(&node)) = (&progress.after, nodes.first()) {
+                    let cause = "did not come again".to_owned();
+                    progress.after = After::InVain(Failure { node, rank: None, cause, exit_code: LOST_NODE });
+                }
                 Next::End
             }
         }
@@ -271,7 +285,7 @@ impl Founder {
         }
         let told = match progress.after {
             After::Nothing(at) => at,
-            After::Undecided | After::Again(_) => {
+            After::Undecided | After::Again { .. } | After::InVain(_) => {
                 self.server.conclude();
                 Instant::now()
             }

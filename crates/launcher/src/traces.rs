@@ -15,14 +15,23 @@ fn folder(args: &RunArgs, variable: Option<OsString>) -> Option<PathBuf> {
 }
 
 /// Moves what the ranks of this machine have written before this generation into a folder beside it, which is called after
-/// the generation before. `variable` is PACELINE_FLIGHT_RECORDER. A trace that cannot be moved is left.
+/// the generation before; and what ranks have written that the generation of `args` does not have, since it has fewer: nobody
+/// else may be left who would. `variable` is PACELINE_FLIGHT_RECORDER. A trace that cannot be moved is left.
 pub fn set_aside(args: &RunArgs, generation: u32, variable: Option<OsString>) {
     let Some((before, folder)) = generation.checked_sub(1).zip(folder(args, variable)) else { return };
-    for rank in args.first_rank()..args.first_rank() + args.ranks {
+    let own = args.first_rank()..args.first_rank() + args.ranks;
+    for rank in own.chain(beyond(&folder, args.layout().world_size())) {
         if let Err(error) = set_rank_aside(&folder, rank, before) {
             tracing::warn!(rank, folder = %folder.display(), %error, "a trace of a former generation is left");
         }
     }
+}
+
+/// The ranks from this number on that have written into the folder.
+fn beyond(folder: &Path, world_size: usize) -> Vec<u32> {
+    let names = fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.file_name());
+    let ranks = names.filter_map(|name| name.to_str()?.strip_prefix("rank_")?.parse::<u32>().ok());
+    ranks.filter(|&rank| rank as usize >= world_size).collect()
 }
 
 fn set_rank_aside(folder: &Path, rank: u32, before: u32) -> io::Result<()> {
@@ -33,7 +42,11 @@ fn set_rank_aside(folder: &Path, rank: u32, before: u32) -> io::Result<()> {
     }
     let aside = folder.join(format!("generation_{before}"));
     fs::create_dir_all(&aside)?;
-    fs::rename(trace, aside.join(name))
+    match fs::rename(trace, aside.join(name)) {
+        // On a folder that machines share another launcher was first.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        moved => moved,
+    }
 }
 
 #[cfg(test)]
@@ -55,5 +68,17 @@ mod tests {
             let aside = place.path().join(format!("generation_{generation}/rank_3"));
             assert_eq!(fs::read_to_string(aside).expect("moved"), format!("of {generation}"));
         }
+    }
+
+    #[test]
+    fn traces_of_ranks_that_the_generation_does_not_have_are_found() {
+        let place = tempfile::tempdir().expect("a folder");
+        for name in ["rank_0", "rank_3", "rank_4", "rank_11", "rank_x", "generation_0", "rank_5.py"] {
+            fs::write(place.path().join(name), "").expect("written");
+        }
+        let mut found = beyond(place.path(), 4);
+        found.sort_unstable();
+        assert_eq!(found, [4, 11]);
+        assert!(beyond(&place.path().join("none"), 0).is_empty());
     }
 }

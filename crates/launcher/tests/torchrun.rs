@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
@@ -619,21 +620,80 @@ fn a_machine_that_comes_when_ranks_have_finished_does_not_start_them_again() {
     let mut third = job.start(2);
     read_until(&mut third, "waiting for node 3");
     job.folder.write("seen", "");
-    for (child, code) in [(first, 0), (second, 0), (third, 1)] {
+    for (child, is_late) in [(first, false), (second, false), (third, true)] {
         let output = child.wait_with_output().expect("it ends");
-        assert_code(&output, code);
-        let is_left_out = text(&output.stderr).contains("the job has ended without this node");
-        assert_eq!(is_left_out, code == 1, "{}", told(&output));
+        assert_code(&output, 0);
+        let is_left_out = text(&output.stderr).contains("paceline: the job has ended without this node\n");
+        assert_eq!(is_left_out, is_late, "{}", told(&output));
     }
     assert_eq!(job.generation(0, 2).len(), 2);
+}
+
+#[test]
+fn a_machine_that_has_come_too_late_ends_with_the_code_of_a_job_that_fails() {
+    const MORE: [&str; 2] = ["--rdzv-conf", "last_call_timeout=0.5"];
+    let then = "[ $RANK = 0 ] && exit 0\nuntil [ -e $SEEN ]; do sleep 0.02; done\nexit 7";
+    let job = Changing::new("2:4", &MORE, then);
+    let [mut first, second] = [0, 1].map(|node| job.start(node));
+    read_until(&mut first, "waiting for the ranks of node 1; those here have ended");
+    let mut third = job.start(2);
+    read_until(&mut third, "waiting for node 3");
+    job.folder.write("seen", "");
+    for child in [first, second] {
+        assert_code(&child.wait_with_output().expect("it ends"), 7);
+    }
+    let third = third.wait_with_output().expect("it ends");
+    assert_code(&third, 7);
+    let line = "paceline: the job has ended without this node: rank 1 on node 1 exited with code 7\n";
+    assert!(text(&third.stderr).contains(line), "{}", told(&third));
+}
+
+#[test]
+fn a_machine_that_comes_and_goes_before_the_others_start_again_has_them_do_so_once() {
+    const MORE: [&str; 6] = ["--rdzv-conf", "last_call_timeout=0.5", "--max-restarts", "1", "--grace", "60"];
+    // The ranks take their time to end when the machine comes, which is gone when they have.
+    let then = "trap 'touch $SEEN.told; until [ -e $SEEN.gone ]; do sleep 0.02; done; exit 0' TERM\n\
+                until [ -e $SEEN ]; do sleep 0.02; done";
+    let job = Changing::new("2:4", &MORE, then);
+    let [first, second] = [0, 1].map(|node| job.start(node));
+    job.generation(0, 2);
+    let third = job.start(2);
+    wait_for(&job.folder.path("seen.told"));
+    // `timeout` and `env` have become the launcher, or pass it on.
+    kill_process(Pid::from_child(&third), Signal::TERM).expect("it runs");
+    third.wait_with_output().expect("it ends");
+    job.folder.write("seen.gone", "");
+    assert_eq!(job.generation(1, 4), ["0 0 2 0", "1 1 2 0"], "again without it");
+    // Once more: now it waits, and the others train on.
+    let mut third = job.start(2);
+    read_until(&mut third, "waiting for node 3");
+    job.folder.write("seen", "");
+    for child in [first, second, third] {
+        assert_code(&child.wait_with_output().expect("it ends"), 0);
+    }
+    assert_eq!(job.notes().len(), 4, "{:?}", job.notes());
+}
+
+/// Waits until the file is there.
+fn wait_for(file: &Path) {
+    let deadline = Instant::now() + LIMIT;
+    while !file.exists() {
+        assert!(Instant::now() < deadline, "no {}", file.display());
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 /// Reads what the launcher says up to a line with these words.
 fn read_until(child: &mut Child, words: &str) {
     let stderr = child.stderr.as_mut().expect("a pipe");
     let (mut line, mut byte) = (Vec::new(), [0]);
+    let deadline = Instant::now() + LIMIT;
     // One byte at a time, so that the rest is left to whoever waits for the end.
     while !String::from_utf8_lossy(&line).contains(words) {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let left = Timespec::try_from(left).expect("a minute at most");
+        let ready = poll(&mut [PollFd::new(&*stderr, PollFlags::IN)], Some(&left)).expect("it can be polled");
+        assert_ne!(ready, 0, "it has not said within {} s: {words}", LIMIT.as_secs());
         assert_eq!(stderr.read(&mut byte).expect("it can be read"), 1, "it has ended and not said: {words}");
         if byte[0] == b'\n' { line.clear() } else { line.push(byte[0]) }
     }

@@ -3,6 +3,8 @@
 use paceline_collectives as collectives;
 use paceline_transport as transport;
 
+use crate::nodes::Failure;
+
 /// Errors of this crate.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -22,6 +24,12 @@ pub enum Error {
         endpoint: String,
         /// Who is missing, or why this process was refused.
         reason: String,
+    },
+    /// The job has ended before this node could take part in it.
+    #[error("the job has ended without this node{}", because(cause.as_ref()))]
+    Over {
+        /// What the job has failed of, if it has.
+        cause: Option<Failure>,
     },
     /// A call with arguments that do not fit. It had no effect.
     #[error("{reason}")]
@@ -44,4 +52,8 @@ pub enum Error {
     /// A collective; it says itself [whether the communicator survives](collectives::Error::is_fatal).
     #[error(transparent)]
     Collectives(#[from] collectives::Error),
+}
+
+fn because(cause: Option<&Failure>) -> String {
+    cause.map_or_else(String::new, |cause| format!(": {cause}"))
 }

@@ -11,21 +11,22 @@
 //!                               ◀─────  Start{generation} | Refused{reason}
 //! Died{rank, …} | Exited{rank}  ─────▶  told to all workers and launchers
 //!                               ◀─────  Failed{failure}     the first of the job, wherever it was
+//!                               ◀─────  or Changes{node}    nothing has failed: the next generation has this node too
 //! Ended | Left                  ─────▶  no rank runs here any more, or ever will
 //!                               ◀─────  Verdict{cause}      what the job failed of, if it has
 //!                               ◀─────  or Waiting{missing} and Start again: the next generation of the job
 //! Beat                          ◀────▶  every half second; silence for 5 s is a loss
 //! ```
 //! Where fewer nodes will do, the job starts with those that are there when no other one has come for a while; the nodes
-//! that take part, in their order, have its ranks. A launcher that comes later is told to all as if it were a failure,
-//! and the next generation is one with it.
+//! that take part, in their order, have its ranks. A launcher that comes later is told to all, who end their ranks as after
+//! a failure, and the next generation is one with it.
 //!
 //! A launcher that loses launcher 0 may come again, to another one at the same place, which goes on with the generation
 //! after the last one that any of them has been part of.
 //!
 //! What is decided is decided in `Seats` and `Causes`, which have neither clock nor network.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -222,6 +223,10 @@ pub(crate) enum Order {
     Completed {
         rank: u32,
     },
+    /// All ranks start again because this node has come.
+    Changes {
+        node: u32,
+    },
 }
 
 /// The longest cause that is passed on, in bytes; ours have a tenth.
@@ -250,6 +255,11 @@ pub(crate) struct Seats {
     restarts: u32,
     /// It starts again because another node has come.
     changes: bool,
+    /// The nodes because of which it does, until the next start.
+    newcomers: BTreeSet<u32>,
+    /// Those that were gone before that. Without this a launcher that ends as soon as it has come, again and again, would have all
+    /// others start again each time, without limit.
+    in_vain: BTreeSet<u32>,
     /// The last generation that any launcher has been part of, if one has come from another launcher 0.
     after: Option<Past>,
 }
@@ -284,6 +294,8 @@ impl Seats {
             present: (0..terms.layout.nodes as u32).collect(),
             restarts: 0,
             changes: false,
+            newcomers: BTreeSet::new(),
+            in_vain: BTreeSet::new(),
             after: None,
             terms,
         }
@@ -343,9 +355,15 @@ impl Seats {
         self.started && !self.is_present(node)
     }
 
-    /// The job starts again because another node has come.
-    pub(crate) fn change(&mut self) {
-        self.changes = true;
+    /// The job starts again because this node has come. Says whether it does: not for one that has come before and was gone
+    /// when the others started, which waits for them to start again for another reason.
+    pub(crate) fn change(&mut self, node: u32) -> bool {
+        let may = !self.in_vain.contains(&node);
+        if may {
+            self.changes = true;
+            self.newcomers.insert(node);
+        }
+        may
     }
 
     /// Whether it does.
@@ -544,6 +562,8 @@ impl Seats {
         self.started = attending.clone().all(|(_, seat)| seat.heard > complete);
         if self.started {
             self.present = std::iter::once(0).chain(attending.map(|(&node, _)| node)).collect();
+            self.in_vain.append(&mut self.newcomers);
+            self.in_vain.retain(|node| !self.present.contains(node));
         }
         self.started
     }
@@ -570,6 +590,8 @@ fn span(least: usize, most: usize) -> String {
 #[derive(Debug, Default)]
 pub(crate) struct Causes {
     first: Option<Failure>,
+    /// The node that has come before anything had failed: all ranks are told to end, and how they do is nobody's failure.
+    came: Option<u32>,
     /// By rank; those that exited with 0 have no failure.
     ends: BTreeMap<u32, Option<End>>,
     /// The first rank that a worker blamed for its own failure, by the worker's rank.
@@ -592,17 +614,34 @@ pub(crate) enum Settled {
 }
 
 impl Causes {
-    /// A failure without a rank. Says whether it is the first of the job.
+    /// A failure without a rank. Says whether it is what ends the generation.
     pub(crate) fn lost(&mut self, failure: Failure) -> bool {
-        let first = self.first.is_none();
+        let first = self.first.is_none() && self.came.is_none();
         self.first.get_or_insert(failure);
         first
     }
 
-    /// A rank is dead. Says whether it is the first failure of the job.
+    /// A rank is dead. Says whether that is what ends the generation.
     pub(crate) fn died(&mut self, rank: u32, failure: Failure, by_itself: bool) -> bool {
         self.ends.entry(rank).or_insert(Some(End { failure: failure.clone(), by_itself }));
-        self.lost(failure)
+        self.came.is_none() && self.lost(failure)
+    }
+
+    /// A node has come, with which all ranks start again. Says whether that is what ends the generation.
+    pub(crate) fn came(&mut self, node: u32) -> bool {
+        let first = self.first.is_none() && self.came.is_none();
+        if first {
+            self.came = Some(node);
+        }
+        first
+    }
+
+    /// The ranks do not start again: that a node has come is not what the job fails of.
+    pub(crate) fn conclude(&mut self) {
+        if self.came.take().is_some() {
+            let cause = "ended before the job had started again".to_owned();
+            self.first.get_or_insert(Failure { node: 0, rank: None, cause, exit_code: LOST_NODE });
+        }
     }
 
     /// A rank has exited with code 0.
@@ -619,14 +658,22 @@ impl Causes {
         self.blamed.entry(blamer).or_insert(culprit);
     }
 
-    /// The first failure that was noticed.
-    pub(crate) fn first(&self) -> Option<&Failure> {
-        self.first.as_ref()
+    /// Whether anything has.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.first.is_some()
+    }
+
+    /// What has ended the generation: the first failure that was noticed, or a node that has come.
+    pub(crate) fn first(&self) -> Option<Failure> {
+        self.came.map(arrival).or_else(|| self.first.clone())
     }
 
     /// Whose failure it was. Two ranks that end within a moment may be found in either order: the blame is
     /// followed from the first one to a rank that failed by itself.
     pub(crate) fn settled(&self) -> Settled {
+        if let Some(node) = self.came {
+            return Settled::Known(Some(arrival(node)));
+        }
         let Some(mut cause) = self.first.as_ref() else { return Settled::Known(None) };
         // Each step leads to another rank, or stops: a circle of blame ends after one round.
         for _ in 0..=self.ends.len() {
@@ -662,6 +709,8 @@ struct HeardState {
     /// The last one that has started.
     generation: Generation,
     failure: Option<Failure>,
+    /// The node that has come, with which all ranks start again.
+    came: Option<u32>,
     /// The answer to [`Report::Ended`].
     verdict: Option<Option<Failure>>,
     /// The connection has ended without one.
@@ -671,7 +720,7 @@ struct HeardState {
 impl HeardState {
     /// Nothing was said about this generation.
     fn of(generation: Generation) -> Self {
-        Self { generation: generation.quoted(), failure: None, verdict: None, lost: false }
+        Self { generation: generation.quoted(), failure: None, came: None, verdict: None, lost: false }
     }
 }
 
@@ -694,6 +743,9 @@ impl Heard {
             Order::Refused { reason, .. } => self.update(|state| lost(state, &reason)),
             Order::Completed { rank } => self.update(|state| {
                 state.failure.get_or_insert(completion(rank));
+            }),
+            Order::Changes { node } => self.update(|state| {
+                state.came.get_or_insert(node);
             }),
             Order::Waiting { .. } | Order::Beat => {}
         }
@@ -782,10 +834,11 @@ impl Attendance {
         self.heard.lock().generation.clone()
     }
 
-    /// The first failure of the job, on whichever node, or the loss of launcher 0; or, with an exit code of 0, that a rank
-    /// has finished which decides for all.
+    /// What ends the ranks of all nodes: the first failure of the job, on whichever node, or the loss of launcher 0; that another
+    /// node has come; or, with an exit code of 0, that a rank has finished which decides for all.
     pub fn failure(&self) -> Option<Failure> {
-        self.heard.lock().failure.clone()
+        let state = self.heard.lock();
+        state.failure.clone().or_else(|| state.came.map(arrival))
     }
 
     /// What the job has failed of, if it has; `None` before launcher 0 has said so.
@@ -877,9 +930,7 @@ async fn attend(
             Some(Order::Start(generation)) if generation.place(node).is_none() => {
                 return Err(failed(format!("{LAUNCHER}: {LEFT_OUT}")));
             }
-            Some(Order::Verdict { .. }) => {
-                return Err(failed("the job has ended without this node".to_owned()));
-            }
+            Some(Order::Verdict { cause }) => return Err(Error::Over { cause: cause.map(Failure::quoted) }),
             Some(Order::Start(generation)) => {
                 let lane = Lane { _connection: connection, sender, receiver };
                 return Ok(Answered::Start(lane, generation));
@@ -955,6 +1006,11 @@ pub(crate) fn reason_of(error: paceline_transport::Error) -> String {
 fn completion(rank: u32) -> Failure {
     let cause = "has finished, and with it the job".to_owned();
     Failure { node: 0, rank: Some(rank), cause, exit_code: 0 }
+}
+
+/// What the ranks of the others are ended for is not what the job fails of.
+fn arrival(node: u32) -> Failure {
+    Failure { node, rank: None, cause: "has come".to_owned(), exit_code: LOST_NODE }
 }
 
 /// Launcher 0 is lost. If the job had failed before, that stays the reason.
@@ -1134,8 +1190,7 @@ mod tests {
         come(&mut seats, 2, 2, now + BEAT);
         assert!(seats.is_late(2) && !seats.is_late(1));
         assert_eq!((seats.at_work(), seats.may_restart()), (vec![1], false));
-        seats.change();
-        assert!(seats.may_restart());
+        assert!(seats.change(2) && seats.may_restart());
         seats.ended(1);
         let next = Generation { changes: 1, ..generation(1, 7) };
         seats.begin_again(&next, |_| true);
@@ -1154,6 +1209,36 @@ mod tests {
         assert!(seats.is_late(2), "it has come again");
         seats.begin_again(&generation(3, 9), |_| true);
         assert_eq!(seats.last_call_ends(later), Some(later), "a rank has failed, and no node");
+    }
+
+    #[test]
+    fn a_node_that_was_gone_when_the_others_started_with_it_does_not_have_them_start_again_once_more() {
+        let now = Instant::now();
+        let mut seats = few(&[1], now);
+        let mut at = now;
+        let mut start = |seats: &mut Seats, nodes: &[u32]| {
+            at += BEAT;
+            seats.end_last_call();
+            assert!(!seats.start(at));
+            nodes.iter().for_each(|&node| drop(seats.heard(node, at + BEAT)));
+            assert!(seats.start(at + BEAT));
+        };
+        start(&mut seats, &[1]);
+        come(&mut seats, 2, 2, now);
+        assert!(seats.change(2), "for the first time");
+        assert!(!seats.disconnected(2));
+        seats.begin_again(&Generation { changes: 1, ..generation(1, 7) }, |node| node == 1);
+        start(&mut seats, &[1]);
+        come(&mut seats, 2, 3, now);
+        assert!(seats.is_late(2) && !seats.change(2) && !seats.may_restart(), "it waits");
+        seats.begin_again(&generation(2, 8), |_| true);
+        start(&mut seats, &[1, 2]);
+        assert_eq!(seats.world_size(), 6, "a rank has failed, and it takes part");
+        assert!(seats.disconnected(2));
+        seats.begin_again(&generation(3, 9), |node| node == 1);
+        start(&mut seats, &[1]);
+        come(&mut seats, 2, 4, now);
+        assert!(seats.change(2), "it has shown that it can");
     }
 
     #[test]
@@ -1261,7 +1346,7 @@ mod tests {
         causes.blames(3, 0);
         causes.died(2, failure(2), false);
         assert_eq!(causes.settled(), Settled::Known(Some(failure(3))), "rank 2 was told to end");
-        assert_eq!(causes.first(), Some(&failure(0)));
+        assert_eq!(causes.first(), Some(failure(0)));
     }
 
     #[test]
@@ -1289,6 +1374,42 @@ mod tests {
         assert_eq!(causes.settled(), Settled::Known(Some(failure.clone())));
         assert_eq!(failure.to_string(), "the launcher of node 1 was lost: it closed the connection");
         assert_eq!(super::tests::failure(3).to_string(), "rank 3 on node 1 exited with code 1");
+    }
+
+    #[test]
+    fn a_node_that_has_come_ends_a_generation_and_is_not_what_the_job_fails_of() {
+        let mut causes = Causes::default();
+        assert!(causes.came(2) && !causes.came(1), "the first");
+        assert!(!causes.died(0, failure(0), true), "a consequence");
+        assert_eq!(causes.settled(), Settled::Known(Some(arrival(2))));
+        let words = |causes: &Causes| causes.first().expect("it has ended").to_string();
+        assert_eq!(words(&causes), "the launcher of node 2 has come");
+        causes.conclude();
+        assert_eq!(words(&causes), "the launcher of node 0 ended before the job had started again");
+        let mut causes = Causes::default();
+        causes.came(2);
+        let lost = Failure { node: 1, rank: None, cause: "was lost".to_owned(), exit_code: LOST_NODE };
+        assert!(!causes.lost(lost.clone()));
+        causes.conclude();
+        assert_eq!(causes.settled(), Settled::Known(Some(lost)));
+        let mut causes = Causes::default();
+        causes.died(0, failure(0), true);
+        assert!(!causes.came(2));
+        causes.conclude();
+        assert_eq!(causes.first(), Some(failure(0)));
+    }
+
+    #[test]
+    fn a_launcher_0_that_is_lost_while_a_node_comes_is_what_the_job_fails_of() {
+        let heard = Heard {
+            node: 1,
+            state: Mutex::new(HeardState::of(generation(0, 1))),
+            on_change: Arc::new(|| {}),
+        };
+        heard.order(Order::Changes { node: 2 });
+        heard.update(|state| lost(state, "it closed the connection"));
+        let verdict = heard.lock().verdict.clone().flatten().expect("there is one").to_string();
+        assert_eq!(verdict, "the launcher of node 0 was lost: it closed the connection");
     }
 
     proptest! {

@@ -293,6 +293,7 @@ impl Server {
 
     /// Tells the launchers that have stayed what the job has failed of, if it has: it does not start again. Does not block.
     pub fn conclude(&self) {
+        self.shared.lock().causes.conclude();
         let cause = self.cause();
         let mut state = self.shared.lock();
         state.seats.allow_restarts(0);
@@ -328,12 +329,13 @@ impl Server {
         self.shared.lock().tell_all(&Notice::Trace);
     }
 
-    /// The first failure of the job that was noticed, on whichever node.
+    /// What ends the ranks of all nodes: the first failure of the job that was noticed, on whichever node, or that another
+    /// one has come.
     pub fn failure(&self) -> Option<Failure> {
-        self.shared.lock().causes.first().cloned()
+        self.shared.lock().causes.first()
     }
 
-    /// What the job has failed of, by what the workers said about each other before they ended.
+    /// What the job has failed of, or what has ended the generation, by what the workers said about each other before they ended.
     pub fn cause(&self) -> Option<Failure> {
         match self.shared.lock().causes.settled() {
             Settled::Known(cause) => cause,
@@ -428,12 +430,12 @@ impl Shared {
     /// A launcher has come to a job that runs: all ranks start again, with those of its node too. Where they end in any case it
     /// waits for what follows.
     fn take_in(&self, state: &mut State, node: u32) {
-        let cause = "has come".to_owned();
-        let failure = Failure { node, rank: None, cause, exit_code: LOST_NODE };
         let goes_on = !state.completed && !state.causes.any_exited();
-        if goes_on && state.causes.lost(failure.clone()) {
-            state.seats.change();
-            state.order_all(&Order::Failed(failure));
+        if !goes_on || state.causes.has_failed() || !state.seats.change(node) {
+            return;
+        }
+        if state.causes.came(node) {
+            state.order_all(&Order::Changes { node });
         }
     }
 
