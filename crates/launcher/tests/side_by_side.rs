@@ -472,6 +472,72 @@ fn several_machines_give_workers_the_same_places() {
     }
 }
 
+/// Put in front of [`DUMP`]: counts starts, where torchrun's agents count each for itself.
+const COUNTED: &str = r#"
+import os
+os.environ["TORCHELASTIC_RESTART_COUNT"] = str(int(os.path.exists(os.environ["OUT"] + "-failed")))
+"#;
+
+/// Put behind [`DUMP`]: in the first start rank 1 fails when all have written, and in the second all end.
+const FAILING_ONCE: &str = r#"
+import time
+out = os.environ["OUT"]
+def is_written(rank):
+    return os.path.exists(f"{out}.{rank}.0") and open(f"{out}.{rank}.0").read().endswith("}")
+if found["TORCHELASTIC_RESTART_COUNT"] == "0":
+    while found["RANK"] != "1" or not all(is_written(rank) for rank in range(2)):
+        time.sleep(0.02)
+    open(out + "-failed", "w").close()
+    sys.exit(5)
+"#;
+
+#[test]
+fn on_one_or_two_machines_a_worker_that_fails_starts_both_again_with_the_same_places() {
+    let [theirs, ours] = BOTH.map(|launcher| {
+        let folder = Folder::new();
+        let script = folder.write("fail.py", &[COUNTED, DUMP, FAILING_ONCE].concat());
+        let endpoint = format!("127.0.0.1:{}", free_port());
+        // The last call is longer than two starts of torchrun on a busy machine are apart.
+        let flags = [
+            "--nnodes=1:2",
+            "--nproc-per-node=1",
+            "--rdzv-backend=c10d",
+            "--rdzv-endpoint",
+            &endpoint,
+            "--rdzv-id=job",
+            "--max-restarts=2",
+            "--rdzv-conf=last_call_timeout=120",
+        ];
+        let children = [0, 1].map(|_| {
+            let mut command = launcher.command(&flags);
+            command.arg(&script).env("OUT", folder.name("out"));
+            command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts")
+        });
+        for child in children {
+            let output = child.wait_with_output().expect("it ends");
+            // An agent of torchrun may find the other one's store gone when its workers have ended well.
+            let is_well = output.status.success() || launcher == Launcher::Torchrun;
+            assert!(is_well, "{launcher:?}: {}", told(&output));
+        }
+        let mut found = dumps(&folder);
+        for values in found.values_mut() {
+            // torchrun gives the machine's name, and a port of its own.
+            for name in ["MASTER_ADDR", "MASTER_PORT"] {
+                values.remove(name);
+            }
+            // Its folder is called after the agent's own count.
+            if let Some(Value::String(file)) = values.get_mut("TORCHELASTIC_ERROR_FILE") {
+                *file = file.split_once('/').map_or_else(String::new, |(_attempt, rest)| rest.to_owned());
+            }
+        }
+        found
+    });
+    assert_eq!(theirs, ours, "torchrun's is on the left");
+    let starts: Vec<&str> = ours.keys().map(String::as_str).collect();
+    assert_eq!(starts, ["0.0", "0.1", "1.0", "1.1"]);
+    assert!(ours.values().all(|values| values["WORLD_SIZE"] == "2"), "{ours:?}");
+}
+
 /// The same free port for all who ask for this folder.
 fn free_port_of(folder: &Folder) -> String {
     let file = folder.path("port");
