@@ -60,7 +60,7 @@ enum Task {
     /// The tests that run TensorFlow's own training under the launcher; installs it
     Tensorflow,
     /// Build the launcher as one file without any library, and start it where there is nothing else
-    Dist,
+    Dist(dist::Options),
     /// Run a program as the ranks of a job on N hosts of this machine, over links as asked for; needs root
     Hosts(hosts::Options),
     /// What continuous integration runs: style, documentation, every test, instruction counts, the demo
@@ -93,7 +93,7 @@ fn main() -> ExitCode {
         Task::FlightRecorder => flight_recorder::run(),
         Task::Torchrun(options) => torchrun::run(&options),
         Task::Tensorflow => tensorflow::run(),
-        Task::Dist => dist::run(),
+        Task::Dist(options) => dist::run(&options),
         Task::Hosts(options) => hosts::run(&options),
         Task::Ci => ci::run(),
         Task::Check => checks::run(),

@@ -80,7 +80,8 @@ impl Cluster {
         let mut cluster = Self::new(script, tasks);
         for task in 0..tasks.len() {
             let mut command = Command::new(python());
-            command.arg("-u").arg(cluster.path(script.0)).arg(cluster.folder.path());
+            // Without -u what it prints is written in one piece, between TensorFlow's own lines in the same file.
+            command.arg(cluster.path(script.0)).arg(cluster.folder.path());
             cluster.start(task, command);
         }
         cluster
