@@ -39,6 +39,7 @@ use paceline_runtime::env;
 use paceline_transport::Fabric;
 
 use self::args::{Backend, BenchArgs, Output};
+#[cfg(not(target_feature = "crt-static"))]
 pub use self::device::missing_for_nccl;
 use self::document::Document;
 use self::inbox::{Inbox, News};
