@@ -50,9 +50,8 @@ impl Cluster {
         fs::write(&secret, SECRET).expect("written");
         fs::set_permissions(&secret, fs::Permissions::from_mode(0o600)).expect("changed");
         // All are held until all are known, so that none comes twice.
-        let held: Vec<TcpListener> =
-            (0..=tasks.len()).map(|_| TcpListener::bind("127.0.0.1:0").expect("a port")).collect();
-        let ports = held.iter().map(|listener| listener.local_addr().expect("bound").port()).collect();
+        let held: Vec<(u16, TcpListener)> = (0..=tasks.len()).map(|_| free_port()).collect();
+        let ports = held.iter().map(|(port, _)| *port).collect();
         Self { folder, script, tasks, ports, processes: Vec::new() }
     }
 
@@ -189,6 +188,14 @@ impl Drop for Cluster {
             let _ = process.wait();
         }
     }
+}
+
+/// A free port of those that the system does not give out by itself. A task that is started again needs its own once more: with
+/// one of the system's an outgoing connection of any process may have taken it, and keeps it for a minute after its end.
+fn free_port() -> (u16, TcpListener) {
+    let mut tried = std::iter::repeat_with(|| fastrand::u16(15_000..32_000)).take(1000);
+    let free = tried.find_map(|port| Some((port, TcpListener::bind(("0.0.0.0", port)).ok()?)));
+    free.expect("one of a thousand is free")
 }
 
 fn python() -> String {

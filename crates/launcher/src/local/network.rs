@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::fs;
-use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
@@ -13,6 +12,7 @@ use super::Choice;
 use super::environment::Address;
 use super::manifest::{Job, JobKind};
 use crate::error::Error;
+use crate::torchrun::port;
 
 /// Makes a pod's own /etc/hosts and name, and becomes its program.
 const SCRIPT: &str =
@@ -73,17 +73,15 @@ impl Network {
 
     /// Each pod gets a port of its own in place of the manifest's.
     fn of_loopback(job: &Job, folder: TempDir) -> Result<Self, Error> {
-        let bind = |_| {
-            TcpListener::bind("127.0.0.1:0")
-                .and_then(|listener| Ok((listener.local_addr()?.port(), listener)))
-        };
-        let ports = (0..=job.pods.len()).map(bind).collect::<Result<Vec<_>, _>>();
-        // All are held until all are known, so that none comes twice.
-        let mut ports: Vec<u16> = ports
-            .map_err(|e| system("cannot find free ports", &e))?
-            .into_iter()
-            .map(|(port, _)| port)
-            .collect();
+        let mut ports: Vec<u16> = Vec::new();
+        while ports.len() <= job.pods.len() {
+            // A pod that is started again needs its port once more, which nobody's outgoing connection may have taken meanwhile.
+            let port = port::free(|| fastrand::u64(..));
+            let port = port.ok_or_else(|| system("cannot find free ports", &"all are in use"))?;
+            if !ports.contains(&port) {
+                ports.push(port);
+            }
+        }
         let launcher_port = ports.pop();
         let address = |port| Address { host: "127.0.0.1".to_owned(), port };
         Ok(Self { hosts: None, addresses: ports.into_iter().map(address).collect(), launcher_port, folder })
