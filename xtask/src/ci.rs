@@ -2,7 +2,7 @@
 
 use crate::process::{self, cargo};
 use crate::step::{Budget, Report};
-use crate::{checks, demo, dist, flight_recorder, instructions, nccl, suites, torch, torchrun};
+use crate::{checks, demo, flight_recorder, instructions, nccl, suites, torch, torchrun};
 use anyhow::Result;
 use std::time::Duration;
 
@@ -32,7 +32,6 @@ fn steps(report: &mut Report) -> Result<suites::Total> {
     let of_traces = Budget::minutes(flight_recorder::MINUTES);
     report.step("PyTorch's analyser of traces", of_traces, flight_recorder::tests)?;
     report.step("tests beside torchrun", Budget::minutes(torchrun::MINUTES), torchrun::tests)?;
-    dist::steps(dist::Build::Quick, report)?;
     report.step("tests with NCCL", Budget::minutes(nccl::MINUTES), nccl::tests)?;
     Ok(total.and(suites::root_steps(report)?))
 }
