@@ -330,7 +330,7 @@ fn strike(watch: &mut Watch, rng: &mut Rng) -> (&'static str, u64) {
 }
 
 fn chaos(mode: Mode) {
-    let faults = number_from("PACELINE_CHAOS_FAULTS").unwrap_or(36);
+    let faults = number_from("PACELINE_CHAOS_FAULTS").unwrap_or(38);
     let seed = number_from("PACELINE_CHAOS_SEED").unwrap_or_else(|| Rng::new().u64(..));
     println!("PACELINE_CHAOS_SEED={seed}");
     let (mut rng, started) = (Rng::with_seed(seed), Instant::now());

@@ -133,7 +133,7 @@ fn damaged_lease() {
 type Tally = BTreeMap<&'static str, u64>;
 
 fn chaos(mode: Mode) {
-    let faults = number_from("PACELINE_CHAOS_FAULTS").unwrap_or(8);
+    let faults = number_from("PACELINE_CHAOS_FAULTS").unwrap_or(6);
     let seed = number_from("PACELINE_CHAOS_SEED").unwrap_or_else(|| Rng::new().u64(..));
     println!("PACELINE_CHAOS_SEED={seed}");
     let (mut rng, started) = (Rng::with_seed(seed), Instant::now());
