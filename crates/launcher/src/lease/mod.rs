@@ -2,7 +2,7 @@
 //!
 //! With a vote those who are too few stop, and of two launchers that lose each other that is always the second one. With a
 //! lease whoever is first goes on, be it alone; all others find what was decided. A file that all see is one kind of it
-//! ([`file`]).
+//! ([`mod@file`]).
 //!
 //! An answer may take as long as a file system does, so it is given by a thread of its own, the [`Keeper`].
 
