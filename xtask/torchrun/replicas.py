@@ -20,8 +20,9 @@ def job(replicas):
     environment = {**os.environ, LIGHTHOUSE: f"http://127.0.0.1:{port}", "OMP_NUM_THREADS": "1"}
     children = [subprocess.Popen([*words, "replica", str(number)], env=environment) for number in range(replicas)]
     print(f"lighthouse pid {lighthouse.pid}", flush=True)
-    for child in children:
-        child.wait()
+    # One that a fault has killed is no failure.
+    if any(child.wait() > 0 for child in children):
+        sys.exit("a replica has failed")
 
 
 def lighthouse():

@@ -57,6 +57,7 @@ const TORCHFT: Recipe = Recipe {
         "opentelemetry-proto==1.45.2",
         "opentelemetry-exporter-otlp-proto-http==1.45.2",
         "opentelemetry-exporter-otlp-proto-common==1.45.2",
+        "opentelemetry-exporter-otlp-common==0.66b2",
         "opentelemetry-exporter-http-transport==0.66b2",
         "googleapis-common-protos==1.76.0",
         "protobuf==7.36.2",
