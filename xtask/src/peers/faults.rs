@@ -195,7 +195,7 @@ struct Watched {
 enum After {
     /// Every rank has applied a step as another process: when its first one was.
     Restart(BTreeMap<usize, u128>),
-    /// All survivors have applied the same step, with a number that nobody had reached before the fault.
+    /// All survivors have applied the same step, which began after the fault.
     SameStep {
         lost: Option<usize>,
         /// When each survivor has applied each step.
@@ -250,8 +250,9 @@ impl Watched {
             After::Restart(_) => None,
             After::SameStep { lost, applied } => {
                 let before = self.ranks.values().map(|&(_, step)| step).max()?;
-                // Where nobody's connections break, what has been sent before the fault may suffice for a step or two.
-                let first = before + if self.breaks { 1 } else { 3 };
+                // The step in flight may be completed with the part of the one that is lost, and where nobody's connections break
+                // what has been sent may suffice for one more.
+                let first = before + if self.breaks { 2 } else { 3 };
                 let survivors = RANKS - usize::from(lost.is_some());
                 let by_all = applied.range(first..).filter(|(_, ranks)| ranks.len() == survivors);
                 // One that was said after the fault may have been applied before it.
