@@ -436,12 +436,16 @@ mod tests {
     #[test]
     fn a_step_that_a_frozen_rank_had_its_part_in_does_not_count() {
         let mut watched = Watched::torchft(Some(1));
-        (0..RANKS).for_each(|rank| drop(watched.read(&line(WARM, 0, rank, 1))));
+        for rank in 0..RANKS {
+            watched.read(&line(WARM, 0, rank, 1));
+        }
         (watched.struck, watched.breaks) = (Some(1_000), false);
         for step in WARM + 1..=WARM + 3 {
             assert_eq!(watched.outcome(), None, "{step}");
             let at = 1_000 + 100 * u128::from(step - WARM);
-            [0, 2, 3].into_iter().for_each(|rank| drop(watched.read(&line(step, 0, rank, at))));
+            for rank in [0, 2, 3] {
+                watched.read(&line(step, 0, rank, at));
+            }
         }
         assert_eq!(watched.outcome(), Some(Duration::from_micros(300)));
     }
