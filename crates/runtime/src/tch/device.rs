@@ -1,11 +1,15 @@
 //! Data-parallel training of tch's models on a GPU, through the group of the ranks' devices.
 //!
 //! Gradients are copied into buckets on the device, averaged there, and copied back, all without waiting for the device
-//! when the group is NCCL's. Then the averages of [`TchDeviceParallel::backward`] are on a stream of their own, beside the
-//! kernels of earlier layers. On the CPU the same code runs through the host, with the host's memory as the device.
+//! when the group is NCCL's. The averages of [`TchDeviceParallel::backward`] are on a stream of their own, beside the kernels
+//! of earlier layers; where they go through the host, so that a call takes its time, they are on a thread of their own too.
+//! On the CPU the same code runs with the host's memory as the device.
 
 use std::fmt;
 use std::ops::Range;
+use std::panic;
+use std::sync::mpsc;
+use std::thread;
 
 use paceline_collectives::device::{
     self, Accelerator, Backend, DeviceBuffer, DeviceGroup, Event, Host, Stream,
@@ -102,7 +106,8 @@ struct Aside {
     device: Box<dyn device::Device>,
     /// Where the averages are, so that the pass does not wait for them.
     stream: Stream,
-    ready: Event,
+    /// For each bucket: its gradients are in it.
+    ready: Vec<Event>,
     done: Event,
 }
 
@@ -193,9 +198,9 @@ impl TchDeviceParallel {
     }
 
     /// Computes the gradients of `loss`, and replaces every one by its mean over the ranks: `loss.backward()` and
-    /// [`average_gradients`](Self::average_gradients) in one. With a group of NCCL's the all_reduce of a bucket is enqueued as
-    /// soon as the pass has enqueued its gradients, on a stream of its own, so that it runs beside the kernels of earlier
-    /// layers; torch's current stream waits for all at the end. Through the host it is one after the other.
+    /// [`average_gradients`](Self::average_gradients) in one. The all_reduce of a bucket begins as soon as the pass has enqueued
+    /// its gradients, on a stream of its own, so that it runs beside the kernels of earlier layers; torch's current stream waits
+    /// for all at the end. What goes through the host has a thread of its own meanwhile, which this call waits for.
     ///
     /// All ranks call it once per step, or all call the other two, with the same device each time. The model's work is on one
     /// stream of torch's, as always with tch. Gradients are added to those that are there, as by any pass. Parameters that
@@ -211,22 +216,9 @@ impl TchDeviceParallel {
         loss: &Tensor,
     ) -> Result<(), Error> {
         self.check(group, device)?;
-        if group.agreement().backend != Backend::Nccl {
-            loss.f_backward().map_err(libtorch)?;
-            return self.average_gradients(group, device);
-        }
-        self.overlapped(group, device, loss)
-    }
-
-    fn overlapped(
-        &mut self,
-        group: &mut DeviceGroup,
-        device: &TchDevice,
-        loss: &Tensor,
-    ) -> Result<(), Error> {
         let mut aside = match self.aside.take() {
             Some(aside) => aside,
-            None => Aside::new(&self.parameters, device)?,
+            None => Aside::new(&self.parameters, self.buckets.len(), device)?,
         };
         let averaged = self.average_during(group, device, loss, &mut aside);
         // Also after a failure: what is on its way uses the buckets.
@@ -253,11 +245,40 @@ impl TchDeviceParallel {
     ) -> Result<(), Error> {
         self.turn.begin(&self.buckets);
         let Aside { hooks, device: gpu, stream, ready, .. } = aside;
-        let mut lane = Lane { group, device, gpu, stream: *stream, ready: *ready };
+        let in_no_time = group.agreement().backend == Backend::Nccl;
+        let mut averages = Averages { group, gpu: gpu.share(), stream: *stream };
+        let mut pass = |way: Way<'_, '_>| {
+            let mut lane = Lane { device, gpu, ready, way };
+            self.give_during(hooks, loss, &mut lane)
+        };
+        if in_no_time {
+            return pass(Way::Here(&mut averages));
+        }
+        thread::scope(|scope| {
+            let (sender, complete) = mpsc::channel();
+            let averager = thread::Builder::new()
+                .name("averages".to_owned())
+                .spawn_scoped(scope, move || {
+                    complete.into_iter().try_for_each(|task| averages.average(&task))
+                })
+                .map_err(|error| Error::Usage { reason: format!("no thread for the averages: {error}") })?;
+            let passed = pass(Way::Apart(sender));
+            // Its reason goes first: that it has ended is all that the pass knows.
+            averager.join().unwrap_or_else(|payload| panic::resume_unwind(payload)).and(passed)
+        })
+    }
+
+    /// Runs the pass, and gives each bucket to the lane when it is complete.
+    fn give_during(
+        &mut self,
+        hooks: &mut GradientHooks,
+        loss: &Tensor,
+        lane: &mut Lane<'_, '_>,
+    ) -> Result<(), Error> {
         let mut given = Ok(());
         let mut heard = |number: usize| {
             if given.is_ok() {
-                given = self.give(number, &mut lane);
+                given = self.give(number, lane);
             }
         };
         let passed = hooks.during(&mut heard, || loss.f_backward());
@@ -265,20 +286,20 @@ impl TchDeviceParallel {
         given.and(passed.map_err(libtorch))?;
         for number in (0..self.parameters.len()).rev() {
             if !self.turn.given[number] {
-                self.give(number, &mut lane)?;
+                self.give(number, lane)?;
             }
         }
         Ok(())
     }
 
     /// Copies one gradient into its bucket, and starts the buckets that are complete with it.
-    fn give(&mut self, number: usize, lane: &mut Lane<'_>) -> Result<(), Error> {
+    fn give(&mut self, number: usize, lane: &mut Lane<'_, '_>) -> Result<(), Error> {
         let complete = self.turn.give(number)?;
         let bucket = &mut self.buckets[self.turn.places[number]];
         let gradient = self.parameters[number].f_grad().map_err(libtorch)?;
         // None is made here if there is none: that takes a pass, and one may be running.
         bucket.take(number, Some(gradient).filter(Tensor::defined))?;
-        self.buckets[complete].iter_mut().try_for_each(|bucket| lane.average(bucket.buffer()))
+        complete.into_iter().try_for_each(|place| lane.average(place, self.buckets[place].buffer()))
     }
 
     fn hand_out(&mut self) -> Result<(), Error> {
@@ -289,22 +310,51 @@ impl TchDeviceParallel {
     }
 }
 
-/// Where a pass's averages go.
-struct Lane<'a> {
-    group: &'a mut DeviceGroup,
+/// Where the buckets of a pass go.
+struct Lane<'a, 'group> {
     device: &'a TchDevice,
     gpu: &'a mut Box<dyn device::Device>,
-    stream: Stream,
+    ready: &'a [Event],
+    way: Way<'a, 'group>,
+}
+
+enum Way<'a, 'group> {
+    /// At once: NCCL's calls return when the work is enqueued.
+    Here(&'a mut Averages<'group>),
+    /// On another thread, for as long as the host is busy with them.
+    Apart(mpsc::Sender<Task>),
+}
+
+/// A bucket whose gradients are in it once the event has come.
+struct Task {
+    buffer: DeviceBuffer,
     ready: Event,
 }
 
-impl Lane<'_> {
-    /// Averages what torch's current stream has put into a buffer by now.
-    fn average(&mut self, buffer: DeviceBuffer) -> Result<(), Error> {
-        let (stream, ready) = (self.stream, self.ready);
-        let after = self.device.stream()?;
-        self.gpu.record(ready, after).and_then(|()| self.gpu.wait(stream, ready)).map_err(failed)?;
-        Ok(self.group.all_reduce(buffer, buffer, ReduceOp::Avg, stream)?)
+struct Averages<'a> {
+    group: &'a mut DeviceGroup,
+    gpu: Box<dyn device::Device>,
+    stream: Stream,
+}
+
+impl Lane<'_, '_> {
+    /// Averages what torch's current stream has put into the bucket of this place by now.
+    fn average(&mut self, place: usize, buffer: DeviceBuffer) -> Result<(), Error> {
+        let task = Task { buffer, ready: self.ready[place] };
+        self.gpu.record(task.ready, self.device.stream()?).map_err(failed)?;
+        match &mut self.way {
+            Way::Here(averages) => averages.average(&task),
+            Way::Apart(averager) => {
+                averager.send(task).map_err(|_| Error::Usage { reason: "the averages have ended".to_owned() })
+            }
+        }
+    }
+}
+
+impl Averages<'_> {
+    fn average(&mut self, task: &Task) -> Result<(), Error> {
+        self.gpu.wait(self.stream, task.ready).map_err(failed)?;
+        Ok(self.group.all_reduce(task.buffer, task.buffer, ReduceOp::Avg, self.stream)?)
     }
 }
 
@@ -337,11 +387,12 @@ impl Turn {
 }
 
 impl Aside {
-    fn new(parameters: &[Tensor], device: &TchDevice) -> Result<Self, Error> {
+    fn new(parameters: &[Tensor], buckets: usize, device: &TchDevice) -> Result<Self, Error> {
         let hooks = GradientHooks::new(parameters)?;
         let make = || {
             let device = device.accelerator.seat()?.device;
-            let (stream, ready, done) = (device.new_stream()?, device.new_event()?, device.new_event()?);
+            let ready = (0..buckets).map(|_| device.new_event()).collect::<Result<Vec<_>, _>>()?;
+            let (stream, done) = (device.new_stream()?, device.new_event()?);
             Ok::<_, device::DeviceError>((device, stream, ready, done))
         };
         let (device, stream, ready, done) = make().map_err(failed)?;
@@ -517,9 +568,11 @@ mod tests {
             let mut passes = Vec::new();
             for during in [true, false, true] {
                 store.trainable_variables().iter_mut().for_each(Tensor::zero_grad);
-                match during {
-                    true => parallel.overlapped(&mut group, &device, &loss()).expect("both call it"),
-                    false => parallel.backward(&mut group, &device, &loss()).expect("both call it"),
+                if during {
+                    parallel.backward(&mut group, &device, &loss()).expect("both call it");
+                } else {
+                    loss().backward();
+                    parallel.average_gradients(&mut group, &device).expect("both call it");
                 }
                 let parameters = store.trainable_variables();
                 let gradients = parameters.iter().map(|parameter| {
@@ -531,7 +584,7 @@ mod tests {
 
             // A pass that fails leaves the ranks at different buckets: nothing goes on from there.
             let frozen = Tensor::ones([1], (Kind::Float, Device::Cpu));
-            parallel.overlapped(&mut group, &device, &frozen).expect_err("it requires no gradient");
+            parallel.backward(&mut group, &device, &frozen).expect_err("it requires no gradient");
             let error =
                 parallel.backward(&mut group, &device, &loss()).expect_err("it is broken").to_string();
             assert!(error.starts_with("an earlier backward pass has failed: libtorch: "), "{error}");
