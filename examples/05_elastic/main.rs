@@ -104,7 +104,7 @@ impl Program for Model {
     }
 
     fn stable(&mut self, stable: &Stable) {
-        let Stable { step, epoch, members, loss: Some(loss) } = *stable else { return };
+        let Stable { step, epoch, members, loss: Some(loss), .. } = *stable else { return };
         self.loss = loss;
         if step.0.is_multiple_of(50) {
             println!("{step}: loss {loss:.4} ({epoch}, {members} members)");

@@ -20,6 +20,7 @@ use crate::operation::{self, Kind, Operation};
 use crate::plan::{Plan, Schedule, Shares};
 use crate::progress::Progress;
 use crate::recorder::{FlightRecorder, Recorder, RecordsOnDevice, Ticket};
+use crate::rounds::RoundObserver;
 use crate::shared::registered::SharedBuffer;
 use crate::shared::{Costs, PROBES, Tuning};
 use crate::work::Work;
@@ -450,6 +451,13 @@ impl Communicator {
     /// the operation, before the other ranks are told. It must not block. Replaces an earlier observer.
     pub fn on_failure(&mut self, observer: impl FnOnce(&Error) + Send + 'static) {
         self.progress.run(|engine| engine.observer = Some(Box::new(observer)));
+    }
+
+    /// Has `observer` called before each round of an operation with the round's number in it, on the thread that runs the
+    /// operation: a round has a segment of a long operation. Collectives that fit into one step of shared memory have no
+    /// rounds. For faults in the middle of an operation; it must not block. Replaces an earlier observer.
+    pub fn on_round(&mut self, observer: impl Fn(usize) + Send + Sync + 'static) {
+        self.progress.run(|engine| engine.on_round(RoundObserver::new(observer)));
     }
 
     /// Replaces `buffer` on every rank by the reduction of all ranks' buffers (NCCL: `ncclAllReduce`

@@ -22,6 +22,7 @@ use crate::network::Network;
 use crate::operation::{Kind, Operation, Step};
 use crate::plan::{Local, Place, Plan, Round, Schedule, Transfer};
 use crate::recorder::{FlightRecorder, Group as Recorded};
+use crate::rounds::RoundObserver;
 use crate::shared::{Host, Waiter};
 use crate::waits::Waits;
 
@@ -68,6 +69,8 @@ pub(crate) struct Engine {
     failed: Option<Error>,
     /// Told about the fatal error.
     pub(crate) observer: Option<Observer>,
+    /// Called before each round over links; the host has one of its own.
+    rounds: Option<RoundObserver>,
     scratch: Scratch,
     round: Round,
     /// Payload bytes handed to and taken from the links since the start.
@@ -183,6 +186,7 @@ impl Engine {
             flight_recorder,
             failed: None,
             observer: None,
+            rounds: None,
             scratch: Scratch::default(),
             round: Round::default(),
             sent_bytes: 0,
@@ -424,6 +428,14 @@ impl Engine {
         })
     }
 
+    /// Has `observer` called before each round.
+    pub(crate) fn on_round(&mut self, observer: RoundObserver) {
+        if let Some(host) = &mut self.host {
+            host.rounds = Some(observer.clone());
+        }
+        self.rounds = Some(observer);
+    }
+
     /// Forgets what has been called and moved so far.
     pub(crate) fn forget(&mut self) {
         (self.sent_bytes, self.received_bytes, self.network_sent_bytes) = (0, 0, 0);
@@ -439,6 +451,9 @@ impl Engine {
         self.hear_bad_news(&mut running.watch, &[])?;
         let mut round = std::mem::take(&mut self.round);
         for index in 0..plan.rounds() {
+            if let Some(observer) = &self.rounds {
+                observer.call(index);
+            }
             plan.round(index, &mut round);
             for transfer in round.sends.iter_mut().chain(&mut round.receives) {
                 transfer.peer = running.group.member(transfer.peer);

@@ -42,6 +42,7 @@ pub mod operation;
 pub mod plan;
 mod progress;
 pub mod recorder;
+mod rounds;
 mod shared;
 mod waits;
 mod work;

@@ -64,6 +64,7 @@ struct Known {
     generation: AtomicU32,
     restarts_left: AtomicU32,
     failures: AtomicU64,
+    control_messages: AtomicU64,
 }
 
 impl Pulse {
@@ -79,6 +80,7 @@ impl Pulse {
             generation: AtomicU32::new(0),
             restarts_left: AtomicU32::new(0),
             failures: AtomicU64::new(0),
+            control_messages: AtomicU64::new(0),
         }))
     }
 
@@ -103,6 +105,11 @@ impl Pulse {
     /// A rank of this machine has failed.
     pub fn failed(&self) {
         self.0.failures.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A message of the membership other than a heartbeat has been sent, or has come.
+    pub fn said(&self) {
+        self.0.control_messages.fetch_add(1, Ordering::Relaxed);
     }
 
     fn enter(&self, phase: Phase) {
@@ -163,6 +170,12 @@ impl Pulse {
                 "counter",
                 "Ranks of this machine that have failed.",
                 known.failures.load(Ordering::Relaxed) as f64,
+            ),
+            (
+                "control_messages_total",
+                "counter",
+                "Messages of the membership sent and received, but for heartbeats.",
+                known.control_messages.load(Ordering::Relaxed) as f64,
             ),
             (
                 "loop_age_seconds",

@@ -125,7 +125,7 @@ impl Launch<'_> {
         self.pulse.starts(&generation);
         // Those of a launcher that was killed, and whose place this one has.
         traces::set_aside(args, generation.number, std::env::var_os("PACELINE_FLIGHT_RECORDER"));
-        let elastic = Elastic::open(self.args, restarts_left, self.rendezvous)?;
+        let elastic = Elastic::open(self.args, restarts_left, self.rendezvous, self.pulse.clone())?;
         let alone = if args.pod.replaced_alone { restarts_left } else { 0 };
         let (backoff, paused) = (Backoff::default(), Vec::new());
         let mut replacement = Replacement { elastic, alone, backoff, paused, start: &start_rank };

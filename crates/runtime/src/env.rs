@@ -12,6 +12,7 @@ use paceline_transport::Fabric;
 use paceline_transport::shm::Sharing;
 
 use crate::Error;
+use crate::elastic::failpoint::{self, Failpoint};
 use crate::interface::Selection;
 
 /// A worker's place in a job, as its launcher says.
@@ -47,6 +48,10 @@ pub struct ElasticEnv {
     pub socket: PathBuf,
     /// Which of the launcher's processes this is.
     pub child: u32,
+    /// How many processes its rank has had before, since all ranks were started.
+    pub life: u32,
+    /// The rank.
+    pub rank: usize,
     /// The file or folder with this worker's certificate and key.
     pub identity: PathBuf,
 }
@@ -54,6 +59,7 @@ pub struct ElasticEnv {
 /// How long ranks wait for each other at the start unless told otherwise.
 pub const DEFAULT_RENDEZVOUS_TIMEOUT: Duration = Duration::from_secs(600);
 
+const FAILPOINT: &str = "PACELINE_FAILPOINT";
 const ELASTIC: &str = "PACELINE_ELASTIC";
 const RANK: &str = "PACELINE_RANK";
 const WORLD_SIZE: &str = "PACELINE_WORLD_SIZE";
@@ -153,18 +159,22 @@ impl ElasticEnv {
     /// [`Error::Environment`] for a variable that is missing or makes no sense.
     pub fn from_vars(lookup: impl Fn(&str) -> Option<String>) -> Result<Option<Self>, Error> {
         let Some(value) = lookup(ELASTIC) else { return Ok(None) };
-        let place = value.split_once('@').and_then(|(child, socket)| Some((child.parse().ok()?, socket)));
-        let (child, socket) = place.ok_or_else(|| Error::Environment {
+        let place = value.split_once('@').and_then(|(numbers, socket)| {
+            let (child, life) = numbers.split_once('.')?;
+            Some((child.parse().ok()?, life.parse().ok()?, socket))
+        });
+        let (child, life, socket) = place.ok_or_else(|| Error::Environment {
             variable: ELASTIC,
-            reason: format!("`{value}` is not of the form NUMBER@PATH; `paceline run` sets it"),
+            reason: format!("`{value}` is not of the form NUMBER.LIFE@PATH; `paceline run` sets it"),
         })?;
         let identity = required(&lookup, IDENTITY)?.into();
-        Ok(Some(Self { socket: socket.into(), child, identity }))
+        let rank = number(&lookup, RANK, 0, WORLD_SIZE_LIMIT)?;
+        Ok(Some(Self { socket: socket.into(), child, life, rank, identity }))
     }
 
-    /// The variable that [`from_vars`](Self::from_vars) reads back, beside that of the identity.
-    pub fn to_var(child: u32, socket: &Path) -> (&'static str, String) {
-        (ELASTIC, format!("{child}@{}", socket.display()))
+    /// The variable that [`from_vars`](Self::from_vars) reads back, beside those of the identity and the rank.
+    pub fn to_var(child: u32, life: u32, socket: &Path) -> (&'static str, String) {
+        (ELASTIC, format!("{child}.{life}@{}", socket.display()))
     }
 }
 
@@ -194,6 +204,15 @@ pub fn collectives_config(lookup: impl Fn(&str) -> Option<String>) -> Result<Con
         config.order = order;
     }
     Ok(config)
+}
+
+/// Where workers of an elastic training are to fail, for tests: `PACELINE_FAILPOINT`.
+///
+/// # Errors
+/// [`Error::Environment`] for a value that makes no sense.
+pub(crate) fn failpoints(lookup: impl Fn(&str) -> Option<String>) -> Result<Vec<Failpoint>, Error> {
+    let unusable = |reason: String| Error::Environment { variable: FAILPOINT, reason };
+    lookup(FAILPOINT).map_or(Ok(Vec::new()), |list| failpoint::parse(&list).map_err(unusable))
 }
 
 /// Whether ranks of one host share memory: `PACELINE_SHARED_MEMORY`.
@@ -386,6 +405,28 @@ mod tests {
         assert_eq!(JobEnv::from_vars(lookup(env().to_vars())), Ok(Some(env())));
         let anywhere = JobEnv { interface: None, flight_recorder: None, ..env() };
         assert_eq!(JobEnv::from_vars(lookup(anywhere.to_vars())), Ok(Some(anywhere)));
+    }
+
+    #[test]
+    fn a_worker_that_can_lose_others_finds_its_launcher() {
+        let mut vars = env().to_vars();
+        vars.push(ElasticEnv::to_var(7, 2, Path::new("/run/a.b@c/elastic")));
+        let (identity, socket) = (env().identity, PathBuf::from("/run/a.b@c/elastic"));
+        let expected = ElasticEnv { socket, child: 7, life: 2, rank: 3, identity };
+        assert_eq!(ElasticEnv::from_vars(lookup(vars)), Ok(Some(expected)));
+        for value in ["7@/run/elastic", "7.x@/run/elastic", "7.2"] {
+            let error = ElasticEnv::from_vars(lookup(vars_but(ELASTIC, Some(value)))).expect_err(value);
+            assert!(error.to_string().contains("NUMBER.LIFE@PATH"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_failpoint_that_makes_no_sense_is_refused_under_the_name_of_its_variable() {
+        let set = |value: &str| failpoints(lookup(vec![(FAILPOINT, value.to_owned())]));
+        assert_eq!(failpoints(|_| None), Ok(Vec::new()));
+        assert_eq!(set("rank=1,op=ready").map(|read| read.len()), Ok(1));
+        let error = set("rank=1").expect_err("where?").to_string();
+        assert!(error.contains(FAILPOINT) && error.contains("op="), "{error}");
     }
 
     #[test]

@@ -97,6 +97,11 @@ pub fn measure(options: &Options, report: &mut Report, result: &mut Option<Strin
         ours = paceline(faults, limit)?;
         Ok(())
     })?;
+    let mut steps = Vec::new();
+    report.step("peers: a step while nothing fails", Budget::minutes(15.0), |limit| {
+        steps = undisturbed(limit)?;
+        Ok(())
+    })?;
     let mut theirs = [Outcomes::default(), Outcomes::default()];
     report.step("peers: torchrun", Budget::minutes(4.0), |_| {
         for (store, outcomes) in [Store::Shared, Store::PerAttempt].into_iter().zip(&mut theirs) {
@@ -130,7 +135,8 @@ pub fn measure(options: &Options, report: &mut Report, result: &mut Option<Strin
     let [shared, per_attempt] = theirs;
     let peers = ["torchrun 2.11.0 with Gloo", "torchft nightly 2026.10.26 with Gloo"];
     let conditions = machine::conditions(&before, &options.command(), 1, &peers);
-    *result = Some(format!("{conditions}\n{}", table(&ours, &[shared, per_attempt, of_torchft])));
+    let table = table(&ours, &[shared, per_attempt, of_torchft]);
+    *result = Some(format!("{conditions}\n{table}\n{}", costs(&steps)));
     Ok(())
 }
 
@@ -168,6 +174,33 @@ fn measured(line: &str) -> Option<(String, String)> {
     let (what, times) = line.split_once(": ").filter(|(_, times)| times.contains(" times, p50 "))?;
     let what = what.rsplit_once(" ... ").map_or(what, |(_, what)| what);
     Some((what.to_owned(), times.to_owned()))
+}
+
+/// What steps cost with a membership that may change and without, as `elastic_steps` says: steps that only communicate, and
+/// some that compute as well.
+fn undisturbed(limit: Duration) -> Result<Vec<String>> {
+    let build =
+        ["build", "--release", "--locked", "--workspace", "--bin", "paceline", "--bin", "elastic_steps"];
+    process::run(cargo(&build), limit)?;
+    let release = workspace::target().join("release");
+    let mut said = Vec::new();
+    for step_ms in ["0", "20"] {
+        let mut command = Command::new(release.join("paceline"));
+        command.args(["run", "-n", &RANKS.to_string(), "--"]).arg(release.join("elastic_steps"));
+        command.args(["25", step_ms]);
+        let status = process::observe(command, Watch::Stdout, limit, &mut |line| {
+            said.extend(line.split_once("]: ").map(|(_, said)| said.to_owned()));
+        })?;
+        must_succeed(status, "paceline run -- elastic_steps")?;
+    }
+    Ok(said)
+}
+
+fn costs(said: &[String]) -> String {
+    let lines: String = said.iter().map(|line| format!("- {line}\n")).collect();
+    format!(
+        "A step while nothing fails, with `runtime::elastic` and with a plain communicator by turns, results compared bit by bit:\n{lines}"
+    )
 }
 
 fn paceline_tests(arguments: &[&str]) -> Command {

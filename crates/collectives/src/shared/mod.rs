@@ -39,6 +39,7 @@ use crate::error::Error;
 use crate::kernels::{self, Reducer, Stores};
 use crate::operation::{Kind, Operation};
 use crate::plan::{Plan, Schedule};
+use crate::rounds::RoundObserver;
 
 /// Slices of a block begin at cache lines, so that two ranks never write one.
 const SLICE_UNIT: usize = 64;
@@ -73,6 +74,8 @@ pub(crate) struct Host {
     pub(crate) can_probe: bool,
     pub(crate) tuning: Tuning,
     pub(crate) table: Table,
+    /// Called before each block of what takes several.
+    pub(crate) rounds: Option<RoundObserver>,
     /// The sources and outputs of the reduction at hand; kept for their memory.
     sources: Vec<*const u8>,
     outputs: Vec<*mut u8>,
@@ -120,6 +123,7 @@ impl Host {
             boards: Boards::new(segments),
             steps: Steps::default(),
             table: Table::default(),
+            rounds: None,
             sources: Vec::with_capacity(world_size),
             outputs: Vec::with_capacity(world_size),
             staged_bytes: 0,
@@ -213,6 +217,12 @@ impl Host {
         let half = self.steps.enter();
         self.boards.set_header(half, &call.header);
         half
+    }
+
+    fn begin_round(&self, index: usize) {
+        if let Some(observer) = &self.rounds {
+            observer.call(index);
+        }
     }
 
     /// Publishes the step and waits until all others have published theirs, for the same call.
@@ -313,6 +323,7 @@ impl Host {
         };
         let stores = self.tuning.stores(bytes, call.buffers.are_one());
         for block in 0..=blocks {
+            self.begin_round(block);
             let half = self.enter(call);
             if block < blocks {
                 for owner in (0..world_size).filter(|&owner| owner != rank) {
@@ -456,6 +467,9 @@ impl Host {
         let slot = STAGED_BYTES / world_size / SLICE_UNIT * SLICE_UNIT;
         let longest = (0..world_size).map(|owner| owned(call.plan, owner).1).max().unwrap_or(0);
         for step in 0..longest.div_ceil(slot).max(1) {
+            if step > 0 {
+                self.begin_round(step);
+            }
             let half = self.enter(call);
             for owner in (0..world_size).filter(|&owner| owner != rank) {
                 let (start, len) = owned(call.plan, owner);
@@ -524,6 +538,9 @@ impl Host {
             }
         };
         for step in 0..longest.div_ceil(slot).max(1) {
+            if step > 0 {
+                self.begin_round(step);
+            }
             let half = self.enter(call);
             for to in (0..world_size).filter(|&to| to != rank) {
                 if let Some((input, _)) = call.plan.piece(rank, to) {

@@ -12,7 +12,7 @@ use paceline_runtime::elastic::draw;
 use paceline_runtime::elastic::pipe::{Contact, FromChild, ToChild, Welcome, Wish};
 use paceline_runtime::membership::{
     Child, Envelope, Epoch, Evidence, Fence, FromWorker, Incarnation, Job, Launcher, LauncherAction,
-    LauncherEvent, Seat, Timing, Voter,
+    LauncherEvent, Message, Seat, Timing, Voter,
 };
 use paceline_runtime::rendezvous::worker;
 
@@ -317,6 +317,9 @@ impl Membership {
         match message {
             FromChild::Contact(contact) => self.on_contact(child, contact),
             FromChild::Says(message) => {
+                if !matches!(message, FromWorker::Beat { .. }) {
+                    self.shared.pulse.said();
+                }
                 self.tell_core(LauncherEvent::Worker { child, message });
                 if let FromWorker::Suspect { target, evidence: Evidence::NoProgress, .. } = message {
                     self.end_stuck(target);
@@ -463,7 +466,10 @@ impl Membership {
 
     fn on_word(&mut self, node: u32, word: Word) {
         match word {
-            Word::Says(envelope) => self.tell_core(LauncherEvent::Message(envelope)),
+            Word::Says(envelope) => {
+                self.count(&envelope.message);
+                self.tell_core(LauncherEvent::Message(envelope));
+            }
             Word::Wish(theirs) => {
                 if let Some((ours, core)) = self.job.as_ref().filter(|(ours, _)| *ours != theirs) {
                     let reason = format!(
@@ -537,16 +543,25 @@ impl Membership {
         }
     }
 
+    /// Counts a message between launchers; heartbeats do not.
+    fn count(&self, message: &Message) {
+        if !matches!(message, Message::Beat { .. }) {
+            self.shared.pulse.said();
+        }
+    }
+
     /// Does what the core wants, and returns what it wants to know.
     fn perform(&mut self, action: LauncherAction) -> Option<LauncherEvent> {
         match action {
             LauncherAction::Worker { child, message } => {
+                self.shared.pulse.said();
                 if let Some(worker) = self.workers.get(&child) {
                     drop(worker.to_worker.send(ToChild::Says(message)));
                 }
                 None
             }
             LauncherAction::Send { to, message } => {
+                self.count(&message);
                 if let (Some(mesh), Some((_, core))) = (&self.mesh, &self.job) {
                     mesh.say(to.0, Envelope { from: core.voter(), message });
                 }
@@ -612,6 +627,7 @@ mod tests {
     use paceline_runtime::membership::{Mode, Progress, Report};
 
     use super::*;
+    use crate::health::Pulse;
     use crate::news::News;
 
     const WISH: Wish = Wish { mode: Mode::Slots, slots: None, checkpoint_every: None };
@@ -626,7 +642,8 @@ mod tests {
         fn new() -> Self {
             let (patience, listen) = (Duration::from_secs(60), IpAddr::V4(Ipv4Addr::LOCALHOST));
             let setting = Setting { ranks: 2, node: 0, nodes: (1, 1), refusal: None, patience, listen };
-            let shared = Shared { state: Default::default(), news: News::new().expect("a descriptor") };
+            let news = News::new().expect("a descriptor");
+            let shared = Shared { state: Default::default(), news, pulse: Pulse::new(2) };
             let membership = Membership::new(setting, Arc::new(shared), None, (None, None));
             Self { membership, told: BTreeMap::new() }
         }

@@ -27,6 +27,7 @@ use crate::cli::RunArgs;
 use crate::credentials::{hold, private_folder, private_folder_in};
 use crate::ending::Ending;
 use crate::error::Error;
+use crate::health::Pulse;
 use crate::lease::{Keeper, Lease};
 use crate::news::News;
 use crate::rendezvous::{Rendezvous, Status};
@@ -36,8 +37,8 @@ pub struct Elastic {
     shared: Arc<Shared>,
     inputs: Sender<Input>,
     socket: PathBuf,
-    /// The present process of each rank of this machine.
-    children: Vec<Child>,
+    /// The present process of each rank of this machine, and how many it has had.
+    children: Vec<(Child, u32)>,
     next_child: u32,
     restarts_left: u32,
     /// How many processes have been replaced.
@@ -76,6 +77,7 @@ pub enum Fate {
 struct Shared {
     state: Mutex<State>,
     news: News,
+    pulse: Pulse,
 }
 
 #[derive(Default)]
@@ -105,11 +107,16 @@ const LONGEST_SOCKET: usize = 107;
 
 impl Elastic {
     /// Listens for workers, of which so many may be replaced. The news of `rendezvous` are rung when
-    /// [`failure`](Self::failure) has something to say.
+    /// [`failure`](Self::failure) has something to say; `pulse` counts what is said.
     ///
     /// # Errors
     /// [`Error::System`] when there can be no folder, socket or thread.
-    pub fn open(args: &RunArgs, restarts_left: u32, rendezvous: &dyn Rendezvous) -> Result<Self, Error> {
+    pub fn open(
+        args: &RunArgs,
+        restarts_left: u32,
+        rendezvous: &dyn Rendezvous,
+        pulse: Pulse,
+    ) -> Result<Self, Error> {
         let system = |what: &str| {
             let what = what.to_owned();
             move |e: std::io::Error| Error::System { what: what.clone(), why: e.to_string() }
@@ -122,7 +129,7 @@ impl Elastic {
         let _hold =
             hold(folder.path()).map_err(system("cannot hold the folder of the membership's socket"))?;
         let socket = folder.path().join(SOCKET);
-        let shared = Arc::new(Shared { state: Mutex::default(), news: rendezvous.news().clone() });
+        let shared = Arc::new(Shared { state: Mutex::default(), news: rendezvous.news().clone(), pulse });
         let (inputs, heard) = channel();
         let companions = rendezvous.companions();
         let listen = companions.as_ref().map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |others| others.listen);
@@ -138,7 +145,7 @@ impl Elastic {
         membership.start(heard).map_err(system("cannot start the membership's thread"))?;
         let listener = socket::listen(&socket, inputs.clone())
             .map_err(system(&format!("cannot listen for workers at {}", socket.display())))?;
-        let (children, next_child) = (vec![Child(0); args.ranks as usize], 0);
+        let (children, next_child) = (vec![(Child(0), 0); args.ranks as usize], 0);
         let (_listener, _folder) = (listener, folder);
         Ok(Self {
             shared,
@@ -163,13 +170,15 @@ impl Elastic {
     /// What the next process of a rank must find in its environment. Ranks are counted from 0 on this machine.
     pub fn next_process(&mut self, rank: u32) -> (&'static str, String) {
         self.next_child += 1;
-        self.children[rank as usize] = Child(self.next_child);
-        ElasticEnv::to_var(self.next_child, &self.socket)
+        let (child, started) = &mut self.children[rank as usize];
+        let life = *started;
+        (*child, *started) = (Child(self.next_child), life + 1);
+        ElasticEnv::to_var(self.next_child, life, &self.socket)
     }
 
     /// `waitpid` has returned for the process of a rank. Tells the membership at once.
     pub fn ended(&mut self, rank: u32, ending: Ending) -> Fate {
-        let child = self.children[rank as usize];
+        let (child, _) = self.children[rank as usize];
         // Before the membership can say what this death means: that is no reason for the death itself to count.
         let state = self.shared.lock();
         // Fails when the thread has ended, and then there is no membership.
@@ -203,7 +212,7 @@ impl Elastic {
     /// The ranks whose processes do not run on though the others wait for them. Each is named once.
     pub fn take_stuck(&self) -> Vec<u32> {
         let stuck = std::mem::take(&mut self.shared.lock().stuck);
-        let rank_of = |child: &Child| self.children.iter().position(|present| present == child);
+        let rank_of = |child: &Child| self.children.iter().position(|(present, _)| present == child);
         stuck.iter().filter_map(rank_of).map(|rank| rank as u32).collect()
     }
 

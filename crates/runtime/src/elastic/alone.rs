@@ -39,7 +39,8 @@ pub(super) fn train<P: Program>(config: &Config, program: &mut P, stop: &Stop) -
             return Ok(end);
         }
         let loss = mean.last().map(|loss| loss.to_f64());
-        training.program().stable(&Stable { step: state.applied, epoch: EPOCH, members: 1, loss });
+        let stable = Stable { step: state.applied, epoch: EPOCH, members: 1, loss, control_messages: 0 };
+        training.program().stable(&stable);
     }
 }
 

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::book::Book;
 use super::exchange::{Arrival, Bytes, Exchange};
+use super::failpoint::{Failpoints, Point};
 use super::links::{Fence, News, Order};
 use super::pipe::{self, Contact, FromChild, ToChild};
 use super::pool::Pool;
@@ -21,8 +22,8 @@ use super::{End, draw};
 use crate::Error;
 use crate::checkpoint::{Group, StableStep};
 use crate::membership::{
-    Epoch, Evidence, Incarnation, PeerMessage, Progress, Slot, Step, ToWorker, Transfer, View, Worker,
-    WorkerAction, WorkerEvent,
+    Epoch, Evidence, FromWorker, Incarnation, PeerMessage, Progress, Slot, Step, ToWorker, Transfer, View,
+    Worker, WorkerAction, WorkerEvent,
 };
 
 /// How long links that have failed by nobody's fault may wait for a view change: whoever has ended them early is told
@@ -65,6 +66,7 @@ pub(super) enum Command<G> {
         slots: Vec<Slot>,
     },
     Apply {
+        step: Step,
         mean: Arc<Vec<G>>,
         present: BTreeSet<Slot>,
     },
@@ -125,6 +127,9 @@ pub(super) struct Control<G> {
     fence: Arc<Fence>,
     contact: Contact,
     pool: Arc<Pool<G>>,
+    failpoints: Failpoints,
+    /// Messages sent and received, but for heartbeats.
+    control_messages: u64,
     view: Option<View>,
     /// The members of the last view in which a step was reduced, and its epoch: they have reached each other.
     linked: (Epoch, BTreeSet<Incarnation>),
@@ -161,6 +166,7 @@ impl<G: Gradient> Control<G> {
         (book, exchange, fence): (Arc<Book>, Exchange, Arc<Fence>),
         contact: Contact,
         pool: Arc<Pool<G>>,
+        failpoints: Failpoints,
     ) -> Self {
         Self {
             core,
@@ -171,6 +177,8 @@ impl<G: Gradient> Control<G> {
             fence,
             contact,
             pool,
+            failpoints,
+            control_messages: 0,
             view: None,
             linked: (Epoch(0), BTreeSet::new()),
             copying: BTreeMap::new(),
@@ -220,9 +228,11 @@ impl<G: Gradient> Control<G> {
             Input::LauncherGone(reason) => self.fail(format!("the launcher has gone: {reason}")),
             // It is on its way; another one would only come later.
             Input::Peer(Arrival::Says { from, message }) if self.is_answered_already(from, message) => {
-                self.exchange.say(from, PeerMessage::Soon);
+                self.control_messages += 1;
+                self.say(from, PeerMessage::Soon);
             }
             Input::Peer(Arrival::Says { from, message }) => {
+                self.control_messages += 1;
                 self.tell_core(WorkerEvent::Peer { from, message })
             }
             // Results that do not follow the present state are of no use, and must not put off the question for another.
@@ -239,6 +249,7 @@ impl<G: Gradient> Control<G> {
             }
             Input::Links(News::Reduced { epoch, step, mean, saved }) => {
                 if self.core.runs_now(epoch, step) {
+                    self.failpoints.pass(Point::Reduced, step);
                     // Before the step is applied: the program's state is still the one that all have.
                     saved.into_iter().for_each(|stable| self.checkpoint(stable));
                     if self.linked.0 != epoch {
@@ -316,6 +327,7 @@ impl<G: Gradient> Control<G> {
     }
 
     fn on_launcher(&mut self, message: ToChild) {
+        self.control_messages += 1;
         match message {
             ToChild::Contact(contact) => self.book.insert(contact),
             ToChild::Forget(incarnation) => {
@@ -324,10 +336,12 @@ impl<G: Gradient> Control<G> {
             }
             ToChild::Says(message) => {
                 if let ToWorker::Install(decision) = &message
-                    && self.core.decision().is_none()
                     && decision.view.member(self.core.incarnation()).is_some()
                 {
-                    self.founded_from = Some(decision.resolution.state());
+                    self.failpoints.pass(Point::Install, decision.resolution.applied);
+                    if self.core.decision().is_none() {
+                        self.founded_from = Some(decision.resolution.state());
+                    }
                 }
                 self.tell_core(WorkerEvent::Launcher(message));
             }
@@ -413,9 +427,17 @@ impl<G: Gradient> Control<G> {
     }
 
     fn tell_launcher(&mut self, message: &FromChild) {
+        if !matches!(message, FromChild::Says(FromWorker::Beat { .. })) {
+            self.control_messages += 1;
+        }
         if let Err(error) = pipe::send(&self.wires.pipe, message) {
             self.fail(format!("the launcher has gone: {error}"));
         }
+    }
+
+    fn say(&mut self, to: Incarnation, message: PeerMessage) {
+        self.control_messages += 1;
+        self.exchange.say(to, message);
     }
 
     fn tell_core(&mut self, event: WorkerEvent) {
@@ -432,8 +454,13 @@ impl<G: Gradient> Control<G> {
 
     fn perform(&mut self, action: WorkerAction) {
         match action {
-            WorkerAction::Launcher(message) => self.tell_launcher(&FromChild::Says(message)),
-            WorkerAction::Peer { to, message } => self.exchange.say(to, message),
+            WorkerAction::Launcher(message) => {
+                if let (FromWorker::Ready { .. }, Some(state)) = (&message, self.core.progress()) {
+                    self.failpoints.pass(Point::Ready, state.applied);
+                }
+                self.tell_launcher(&FromChild::Says(message));
+            }
+            WorkerAction::Peer { to, message } => self.say(to, message),
             WorkerAction::Send { to, transfer } => self.send(to, transfer),
             WorkerAction::Open(view) => {
                 self.end_useless_transfers();
@@ -456,7 +483,8 @@ impl<G: Gradient> Control<G> {
                 let loss = self.result.as_ref().filter(|result| result.step == step);
                 let loss = loss.and_then(|result| result.mean.last()).map(|loss| loss.to_f64());
                 let members = self.view.as_ref().map_or(0, |view| view.members.len());
-                self.command(Command::Stable(Stable { step, epoch: self.core.epoch(), members, loss }));
+                let (epoch, control_messages) = (self.core.epoch(), self.control_messages);
+                self.command(Command::Stable(Stable { step, epoch, members, loss, control_messages }));
             }
             WorkerAction::Release(_) => self.forget_result(),
             WorkerAction::Draw => self.draw(),
@@ -488,7 +516,7 @@ impl<G: Gradient> Control<G> {
         self.forget_result();
         let slots = present.iter().copied().collect();
         self.result = Some(Kept { step, mean: mean.clone(), present });
-        self.command(Command::Apply { mean, present: slots });
+        self.command(Command::Apply { step, mean, present: slots });
     }
 
     fn forget_inputs(&mut self) {

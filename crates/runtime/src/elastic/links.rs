@@ -13,6 +13,7 @@ use paceline_transport::{Error as TransportError, Member, Roster, Transport, mem
 use tokio::sync::watch;
 
 use super::book::Book;
+use super::failpoint::{Failpoints, Point};
 use super::pool::Pool;
 use super::program::Gradient;
 use super::saver::Saving;
@@ -104,6 +105,7 @@ pub(super) struct Links {
     pub(super) fence: Arc<Fence>,
     pub(super) config: Config,
     pub(super) sharing: Sharing,
+    pub(super) failpoints: Failpoints,
 }
 
 impl Links {
@@ -132,6 +134,8 @@ impl Links {
                     else {
                         continue;
                     };
+                    self.failpoints.begin_step(step);
+                    self.failpoints.pass(Point::Contribute, step);
                     let reduced = sum::mean(communicator, &shares, &inputs, pool.take())
                         .map_err(Error::from)
                         .and_then(|mean| Ok((mean, saving.agree(communicator, step)?)));
@@ -159,7 +163,10 @@ impl Links {
         let gave_up = || fence.is_closed(epoch).then(|| "the membership has changed".to_owned());
         let transport = shm::upgrade(transport, self.sharing, deadline, &gave_up)?;
         let links = transport.name();
-        let communicator = Communicator::new(transport, self.config.clone())?;
+        let mut communicator = Communicator::new(transport, self.config.clone())?;
+        if let Some(observer) = self.failpoints.between_rounds() {
+            communicator.on_round(observer);
+        }
         self.fence.guard(epoch, &communicator);
         let elapsed_us = started.elapsed().as_micros() as u64;
         tracing::info!(

@@ -13,14 +13,15 @@ use paceline_transport::{Fabric, IoThread, quic, tls};
 
 use super::book::Book;
 use super::control::{Command, Control, Input, Wires};
-use super::exchange::{Exchange, Limits, QUEUE_LIMIT};
+use super::exchange::{Arrival, Exchange, Limits, QUEUE_LIMIT};
+use super::failpoint::{Failpoints, Point};
 use super::links::{Door, Fence, Links};
 use super::pipe::{self, Contact, FromChild, ToChild, Welcome, Wish};
 use super::program::Program;
 use super::training::Training;
 use super::{Config, End, Stop, draw};
 use crate::env::{self, ElasticEnv};
-use crate::membership::Worker;
+use crate::membership::{Step, Transfer, Worker};
 use crate::{Error, renewal};
 
 /// How long the launcher may take to answer. It does so at once.
@@ -38,6 +39,7 @@ pub(super) fn train<P: Program>(
 ) -> Result<End, Error> {
     let checkpoint_every = config.checkpoint.as_ref().map(|_| config.checkpoint_every);
     let wish = Wish { mode: config.mode, slots: config.slots, checkpoint_every };
+    let failpoints = failpoints(env)?;
     let (pipe, welcome) = attach(env, wish)?;
     let pipe = Arc::new(pipe);
     let identity = renewal::read(&env.identity)
@@ -64,7 +66,13 @@ pub(super) fn train<P: Program>(
     let input_len = training.input_len();
     let limits = Limits { state: training.state_limit(), result: input_len * size_of::<P::Gradient>() };
     let arrivals = inputs.clone();
-    let arrived = move |arrival| drop(arrivals.send(Input::Peer(arrival)));
+    let pieces = failpoints.clone();
+    let arrived = move |arrival| {
+        if matches!(arrival, Arrival::Receiving(Transfer::State { .. })) {
+            pieces.pass_piece();
+        }
+        drop(arrivals.send(Input::Peer(arrival)));
+    };
     let exchange = Exchange::new(io.handle(), endpoint, book.clone(), me, limits, arrived);
     let links = Links {
         door,
@@ -73,6 +81,7 @@ pub(super) fn train<P: Program>(
         fence: fence.clone(),
         config: fixed_order(env::collectives_config(env::process)?)?,
         sharing: env::sharing(env::process)?,
+        failpoints: failpoints.clone(),
     };
 
     let (reader, news) = (pipe.clone(), inputs.clone());
@@ -86,13 +95,15 @@ pub(super) fn train<P: Program>(
     let (core, first) = Worker::new(welcome.job, me, state, Duration::ZERO);
     let core = (core.with_state_worth(state_worth(training.state_size(), limits.result)), first);
     let wires = Wires { pipe: pipe.clone(), orders, commands };
-    let control = Control::new(core, start, wires, (book, exchange, fence), contact, training.pool().clone());
+    let pool = training.pool().clone();
+    let control =
+        Control::new(core, start, wires, (book, exchange, fence), contact, pool, failpoints.clone());
     let control = spawn("control", move || control.run(&heard))?;
 
     let leaving = inputs.clone();
     stop.on_request(move || drop(leaving.send(Input::Leave)));
     let abandon = Abandon(inputs.clone());
-    let end = serve(&mut training, &commanded, &inputs);
+    let end = serve(&mut training, &commanded, &inputs, &failpoints);
     drop(abandon);
     if end == Ok(End::Complete) {
         training.finish_saving();
@@ -102,6 +113,12 @@ pub(super) fn train<P: Program>(
     renewed.abort();
     let _ = pipe.shutdown(std::net::Shutdown::Both);
     end
+}
+
+/// Where this process is to fail.
+fn failpoints(env: &ElasticEnv) -> Result<Failpoints, Error> {
+    let wanted = env::failpoints(env::process)?;
+    Ok(Failpoints::of(wanted, env.rank, env.life))
 }
 
 /// How many results of a step are as many bytes as the state; no more than may wait to be sent along with one.
@@ -196,6 +213,7 @@ fn serve<P: Program>(
     training: &mut Training<'_, P>,
     commands: &Receiver<Command<P::Gradient>>,
     inputs: &Sender<Input<P::Gradient>>,
+    failpoints: &Failpoints,
 ) -> Result<End, Error> {
     // A send fails when the control thread has ended: its last word is in the queue.
     while let Ok(command) = commands.recv() {
@@ -205,13 +223,20 @@ fn serve<P: Program>(
                 let _ =
                     inputs.send(Input::Submitted { from, inputs: training.inputs(from.applied, &slots)? });
             }
-            Command::Apply { mean, present } => training.apply(&mean, &present),
+            Command::Apply { step, mean, present } => {
+                training.apply(&mean, &present);
+                failpoints.pass(Point::Applied, step);
+            }
             Command::Load(copy) => training.load(&copy)?,
             Command::Save { to, transfer } => {
                 let _ = inputs.send(Input::Saved { to, transfer, copy: training.save()? });
             }
             Command::Stable(stable) => training.program().stable(&stable),
-            Command::Checkpoint { stable, lineage, group } => training.checkpoint(stable, lineage, group),
+            Command::Checkpoint { stable, lineage, group } => {
+                let step = Step(stable.step());
+                training.checkpoint(stable, lineage, group);
+                failpoints.pass(Point::Checkpoint, step);
+            }
             Command::StopSaving => training.stop_saving(),
             // The others were not waited for any longer, but there is nothing that this one lacks.
             Command::End(Ok(End::Elsewhere)) if training.is_closed() => return Ok(End::Complete),
@@ -260,12 +285,13 @@ mod tests {
         let mut training = Training::new(&mut program, &Config::new(4, 4), 1)?;
         let (inputs, _heard) = channel();
         let (commands, commanded) = channel();
-        for _ in 0..steps {
+        for step in 1..=steps {
             let (mean, present) = (Arc::new(vec![1.0, 0.0]), BTreeSet::from([0]));
-            commands.send(Command::Apply { mean, present }).expect("it is received below");
+            let step = Step(step as u64);
+            commands.send(Command::Apply { step, mean, present }).expect("it is received below");
         }
         commands.send(Command::End(Ok(End::Elsewhere))).expect("it is received below");
-        serve(&mut training, &commanded, &inputs)
+        serve(&mut training, &commanded, &inputs, &Failpoints::of(Vec::new(), 0, 0))
     }
 
     #[test]

@@ -54,6 +54,7 @@ mod batches;
 mod book;
 mod control;
 mod exchange;
+pub(crate) mod failpoint;
 mod links;
 mod member;
 pub mod pipe;

@@ -45,6 +45,9 @@ pub struct Stable {
     pub members: usize,
     /// The mean loss over the step's samples; `None` where the process took the step over without its result.
     pub loss: Option<f64>,
+    /// The messages of the membership that this process has sent and received so far, but for heartbeats. No step needs
+    /// any: the number stays as it is as long as nobody is lost and nobody comes.
+    pub control_messages: u64,
 }
 
 /// Elements whose sums have an order: f32 and f64.
