@@ -36,8 +36,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let [passes] = passes;
     let plain = Plain { world, model: Model::new(len, passes), gradient: vec![0.0; len + 1] };
     let mut training = Training::new(plain, Model::new(len, passes));
-    // The last turn has no end that is like the others'.
-    let mut config = Config::new(ranks * (TURN * (rounds + 2)) as usize, 1);
+    // The first turn is of steps that do not count, and the last one has no end that is like the others'.
+    let mut config = Config::new(ranks * (TURN * (rounds + 3)) as usize, 1);
     config.seed = 1;
     if elastic::train(&config, &mut training)? != End::Complete {
         return Err("the training was not completed here".into());
@@ -45,6 +45,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     if let Some(error) = training.failed.take() {
         return Err(error.into());
     }
+    // So that there have been as many plain steps.
+    training.plain.turn()?;
     if training.model.digest() != training.plain.model.digest() {
         return Err("the two kinds of steps do not have the same bits".into());
     }
@@ -155,7 +157,7 @@ impl Training {
     /// Between two turns of its own.
     fn change(&mut self) {
         let took = self.began.elapsed();
-        if self.model.step > 0 {
+        if !self.plain_turns.is_empty() {
             self.elastic_turns.push(took);
         }
         match self.plain.turn() {
@@ -226,7 +228,8 @@ impl Program for Training {
     }
 
     fn gradient(&mut self, _: &[usize], gradient: &mut [f32]) -> f64 {
-        if self.model.step.is_multiple_of(TURN) && self.failed.is_none() {
+        // Not before the first step: whoever has not got its state yet waits for this thread, which has it.
+        if self.model.step > 0 && self.model.step.is_multiple_of(TURN) && self.failed.is_none() {
             self.change();
         }
         self.model.gradient(gradient)

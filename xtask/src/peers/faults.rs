@@ -184,7 +184,7 @@ fn undisturbed(limit: Duration) -> Result<Vec<String>> {
     process::run(cargo(&build), limit)?;
     let release = workspace::target().join("release");
     let mut said = Vec::new();
-    for step_ms in ["0", "20"] {
+    for step_ms in ["0", "20", "100"] {
         let mut command = Command::new(release.join("paceline"));
         command.args(["run", "-n", &RANKS.to_string(), "--"]).arg(release.join("elastic_steps"));
         command.args(["25", step_ms]);
