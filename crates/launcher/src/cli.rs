@@ -741,17 +741,12 @@ fn fenced(
         (Some(FenceFlag::Lease), None, _) => wrong(
             "--fence lease needs --lease FILE, or PACELINE_LEASE: a file that all machines see".to_owned(),
         ),
-        (_, Some(file), Some(NodeArgs { changes: Changes::Vote, .. })) => {
+        (_, Some(file), Some(_)) => {
             let file = std::path::absolute(file);
             let file = file.map_err(|e| Error::Usage(format!("the lease: {e}")))?;
             Ok(nodes.map(|nodes| NodeArgs { lease: Some(file), ..nodes }))
         }
-        (_, Some(_), Some(nodes)) if is_flag || fence.is_some() => wrong(format!(
-            "a lease is for programs that go on when the number of machines changes: --nnodes MIN:MAX without \
-             --rdzv-backend c10d, and not --nnodes {}",
-            nodes.count
-        )),
-        // One machine has nobody to lose, and a fixed number of them ends together.
+        // One machine has nobody to lose.
         _ => Ok(nodes),
     }
 }
@@ -969,8 +964,9 @@ mod tests {
         refused(&two("--fence majority --lease /l"), "", "", "is for --fence lease");
         refused(&two("--fence half"), "", "", "half");
         refused(&two(""), "half", "", "PACELINE_FENCE is \"half\"");
-        refused("--nnodes 2 --node-rank 0 --lease /l", "", "", "and not --nnodes 2");
-        refused("--nnodes 1:2 --rdzv-backend c10d --lease /l", "", "", "without --rdzv-backend c10d");
+        for all_start_again in ["--nnodes 2 --node-rank 0", "--nnodes 1:2 --rdzv-backend c10d"] {
+            assert_eq!(parse(&format!("{all_start_again} --lease /shared/lease"), "", ""), file);
+        }
     }
 
     #[test]

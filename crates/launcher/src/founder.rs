@@ -22,6 +22,7 @@ use crate::discovery::Lookout;
 use crate::ending::Ending;
 use crate::error::Error;
 use crate::job::Cause;
+use crate::lease::{self, tenure::Tenure};
 use crate::news::News;
 use crate::rendezvous::{
     Next, Rendezvous, Status, Told, cause, elsewhere, interface, list_nodes, worker_env,
@@ -36,10 +37,16 @@ const LINGERING: Duration = Duration::from_secs(5);
 /// How much later than the ranks of this machine those of others may end without a word about it.
 const NOT_TOGETHER: Duration = Duration::from_secs(2);
 
+/// The exit code of a job that another launcher 0 has taken over: whoever starts again what asks for it would have the two take it
+/// from each other for ever.
+const DEPOSED: u8 = 1;
+
 /// See [`rendezvous::open`](crate::rendezvous::open).
 pub fn open(args: &RunArgs, console: &Console) -> Result<Box<dyn Rendezvous>, Error> {
     let news = News::new().map_err(|e| system("cannot make an event descriptor", &e))?;
     let io = IoThread::start().map_err(|e| system("cannot start the I/O thread", &e))?;
+    let tenure = lease::of_job(args)?.map(|lease| Tenure::new(lease, news.clone(), Status::new(console)));
+    let tenure = tenure.map(Arc::new);
     let members = credentials::members(args);
     let begins = Beginning { first: generation(args, 0)?, instead: generation(args, 1)? };
     let (credentials, server, boot) = match &args.identity {
@@ -47,20 +54,31 @@ pub fn open(args: &RunArgs, console: &Console) -> Result<Box<dyn Rendezvous>, Er
             let (deadline, status) = (Instant::now() + args.rendezvous_timeout, Status::new(console));
             let credentials = Arc::new(Credentials::awaited(folder, &members, deadline, &status)?);
             credentials.follow(&io.handle());
-            let server = serve(args, &io.handle(), credentials.launcher(), &news)?;
+            let server = serve(args, &io.handle(), credentials.launcher(), (&news, tenure.as_ref()))?;
             wait_for_nodes(args, &io.handle(), &server, &begins, console)?;
             (credentials, server, None)
         }
-        None => found(args, &begins, (&members, &io.handle(), &news), console)?,
+        None => found(args, &begins, (&members, &io.handle(), &news, tenure.as_ref()), console)?,
     };
     tracing::info!(address = %server.local_addr(), "rendezvous open");
     let progress = Mutex::new(Progress::of(match server.start() {
         Start::Started(generation) => generation,
-        Start::Waiting | Start::Missing(_) => begins.first,
+        Start::Waiting | Start::Missing(_) | Start::Barred(_) => begins.first,
     }));
     let (args, status) = (args.clone(), Status::new(console));
     let at_work = AtomicU32::new(args.ranks);
-    Ok(Box::new(Founder { args, at_work, server, _boot: boot, credentials, progress, status, news, io }))
+    Ok(Box::new(Founder {
+        args,
+        at_work,
+        server,
+        _boot: boot,
+        tenure,
+        credentials,
+        progress,
+        status,
+        news,
+        io,
+    }))
 }
 
 /// With which generation a job begins.
@@ -74,7 +92,7 @@ struct Beginning {
 fn found(
     args: &RunArgs,
     begins: &Beginning,
-    (members, io, news): (&[String], &IoHandle, &News),
+    (members, io, news, tenure): (&[String], &IoHandle, &News, Option<&Arc<Tenure>>),
     console: &Console,
 ) -> Result<(Arc<Credentials>, Server, Option<BootServer>), Error> {
     let secret = args.nodes.as_ref().map(|nodes| secret::of(nodes.secret.as_deref())).transpose()?;
@@ -82,7 +100,7 @@ fn found(
     let authority = Arc::new(JobAuthority::new(&name).map_err(|e| certificates(&e))?);
     let life = args.certificate_life;
     let identities = credentials::issue(&authority, members, life).map_err(|e| certificates(&e))?;
-    let server = serve(args, io, &identities[0], news)?;
+    let server = serve(args, io, &identities[0], (news, tenure))?;
     let boot = match secret {
         Some(secret) => {
             let (endpoint, registrar) = (server.endpoint(), server.registrar());
@@ -109,6 +127,8 @@ struct Founder {
     at_work: AtomicU32,
     server: Server,
     _boot: Option<BootServer>,
+    /// Where a lease says which launcher 0 goes on.
+    tenure: Option<Arc<Tenure>>,
     credentials: Arc<Credentials>,
     progress: Mutex<Progress>,
     status: Status,
@@ -135,7 +155,7 @@ enum After {
         reason: Option<Failure>,
         has_come: bool,
     },
-    /// That was to be, but not enough nodes are there.
+    /// That was to be, but not enough nodes are there, or another launcher 0 has taken the job over.
     InVain(Failure),
     /// Nothing. The others were told at this time.
     Nothing(Instant),
@@ -179,6 +199,9 @@ impl Rendezvous for Founder {
     }
 
     fn failure_elsewhere(&self) -> Option<(String, u8)> {
+        if let Some(reason) = self.tenure.as_ref().and_then(|tenure| tenure.lost()) {
+            self.server.bar(&reason, DEPOSED);
+        }
         elsewhere(&self.args, self.server.failure()?)
     }
 
@@ -275,6 +298,12 @@ impl Founder {
                 }
                 Next::End
             }
+            Start::Barred(reason) => {
+                self.status.say(&format!("the job does not start again: {reason}"));
+                let cause = format!("may not go on: {reason}");
+                progress.after = After::InVain(Failure { node: 0, rank: None, cause, exit_code: DEPOSED });
+                Next::End
+            }
         }
     }
 
@@ -313,12 +342,21 @@ pub fn generation(args: &RunArgs, number: u32) -> Result<Generation, Error> {
     Ok(Generation { number, changes: 0, max_restarts, nodes, master_addr, master_port })
 }
 
-fn serve(args: &RunArgs, io: &IoHandle, identity: &Identity, news: &News) -> Result<Server, Error> {
-    bind(args, |address| {
+fn serve(
+    args: &RunArgs,
+    io: &IoHandle,
+    identity: &Identity,
+    (news, tenure): (&News, Option<&Arc<Tenure>>),
+) -> Result<Server, Error> {
+    let server = bind(args, |address| {
         let bell = news.clone();
         let on_change = Arc::new(move || bell.ring());
         Server::bind(io, address, identity, args.terms(), args.rendezvous_timeout, on_change)
-    })
+    })?;
+    if let Some(tenure) = tenure.cloned() {
+        server.ask(Arc::new(move || tenure.ask()));
+    }
+    Ok(server)
 }
 
 /// Listens where node 0 is reached, with what `bind` makes there.

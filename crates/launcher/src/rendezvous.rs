@@ -172,7 +172,7 @@ pub fn cause(args: &RunArgs, generation: &Generation, failure: Failure) -> Cause
 
 /// The failure, if it is not of a rank of this machine.
 pub fn elsewhere(args: &RunArgs, failure: Failure) -> Option<(String, u8)> {
-    (failure.node != args.node()).then(|| (failure.to_string(), failure.exit_code))
+    (failure.node != args.node() || failure.rank.is_none()).then(|| (failure.to_string(), failure.exit_code))
 }
 
 /// Says whom this launcher waits for: at once, and when it changes, but not more often than every 5 s.

@@ -27,8 +27,7 @@ use crate::ending::Ending;
 use crate::error::Error;
 use crate::founder;
 use crate::job::Cause;
-use crate::lease::Lease;
-use crate::lease::file::FileLease;
+use crate::lease;
 use crate::news::News;
 use crate::rendezvous::{Next, Rendezvous, Status, Told, interface, worker_env};
 use crate::secret;
@@ -39,7 +38,7 @@ const NAME_PAUSE: Duration = Duration::from_millis(200);
 /// See [`rendezvous::open`](crate::rendezvous::open).
 pub fn open(args: &RunArgs, console: &Console) -> Result<Box<dyn Rendezvous>, Error> {
     let nodes = args.nodes.as_ref().expect("a number of nodes that may change is one of several");
-    let lease = nodes.lease.as_deref().map(|file| lease(args, file)).transpose()?;
+    let lease = lease::of_job(args)?;
     let news = News::new().map_err(|e| system("cannot make an event descriptor", &e))?;
     let io = IoThread::start().map_err(|e| system("cannot start the I/O thread", &e))?;
     let status = Status::new(console);
@@ -142,14 +141,6 @@ fn credentials(
         std::future::ready(fresh.map(|fresh| (fresh, life)).map_err(|e| e.to_string()))
     }));
     Ok(credentials)
-}
-
-/// The lease in that file, which is the same job's.
-fn lease(args: &RunArgs, file: &Path) -> Result<Arc<dyn Lease>, Error> {
-    let job = format!("the job at {}", args.rendezvous);
-    let lease =
-        FileLease::open(file, &job).map_err(|trouble| Error::Usage(format!("the lease: {trouble}")))?;
-    Ok(Arc::new(lease))
 }
 
 /// The same on all nodes, and another one for each endpoint: jobs that share a secret are strangers all the same.

@@ -21,7 +21,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use paceline_transport::boot::{Claim, Registrar, Verdict};
@@ -120,14 +120,34 @@ pub enum Start {
     Started(Generation),
     /// These nodes have not come in time.
     Missing(Vec<u32>),
+    /// It may not start, for this reason.
+    Barred(String),
 }
+
+/// Whether the ranks may start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Leave {
+    /// They may.
+    Granted,
+    /// Not now, for this reason.
+    NotYet(String),
+    /// Neither now nor later, for this reason.
+    Refused(String),
+}
+
+/// Who gives leave when enough nodes are there, each time before the ranks start. May block for a few seconds.
+pub type Warden = Arc<dyn Fn() -> Leave + Send + Sync>;
+
+/// The pause before leave is asked for again.
+const LEAVE_PAUSE: Duration = Duration::from_millis(200);
 
 struct Shared {
     nodes: usize,
     state: Mutex<State>,
-    /// The other launchers have all come, or one has come or gone.
+    /// The other launchers have all come, or one has come or gone, or the job is [barred](Server::bar).
     attendance: Notify,
     on_change: OnChange,
+    warden: OnceLock<Warden>,
 }
 
 struct State {
@@ -145,6 +165,8 @@ struct State {
     traced: bool,
     /// A rank has finished that decides for all: how the others end is of no consequence.
     completed: bool,
+    /// Why no generation may start any more.
+    barred: Option<String>,
 }
 
 struct Joined {
@@ -183,9 +205,10 @@ impl Server {
             causes: Causes::default(),
             traced: false,
             completed: false,
+            barred: None,
         };
-        let shared = Shared { nodes, state: Mutex::new(state), attendance: Notify::new(), on_change };
-        let shared = Arc::new(shared);
+        let (state, attendance) = (Mutex::new(state), Notify::new());
+        let shared = Arc::new(Shared { nodes, state, attendance, on_change, warden: OnceLock::new() });
         let accept = io.spawn(accept_all(io.clone(), endpoint.clone(), shared.clone()));
         let server = Self { io: io.clone(), endpoint, shared, timeout, accept, patience: Mutex::new(None) };
         if nodes == 1 {
@@ -215,13 +238,35 @@ impl Server {
         self.shared.lock().seats.allow_restarts(most);
     }
 
+    /// Has a job of several nodes start, and start again, with the leave of this one alone. Said once, before it starts.
+    pub fn ask(&self, warden: Warden) {
+        // Whoever asks twice has the first one.
+        let _ = self.shared.warden.set(warden);
+    }
+
+    /// Ends the job as one that this launcher has failed in, and lets no generation start any more. Does not block.
+    pub fn bar(&self, reason: &str, exit_code: u8) {
+        let mut state = self.shared.lock();
+        if state.barred.is_some() {
+            return;
+        }
+        state.barred = Some(reason.to_owned());
+        state.seats.allow_no_restarts();
+        let cause = format!("may not go on: {reason}");
+        self.shared.fail(&mut state, Failure { node: 0, rank: None, cause, exit_code }, reason);
+        drop(state);
+        self.shared.attendance.notify_one();
+        (self.shared.on_change)();
+    }
+
     /// Waits until the launchers of all other nodes have come, or enough of them, and starts the job on them, as its first
     /// generation, or, where some of them have lost another launcher 0 of this job, as the generation after theirs, with what `instead`
     /// says besides its number. `waiting` is called with the nodes that are missing, at the beginning and whenever that
     /// changes. Blocks.
     ///
     /// # Errors
-    /// [`Error::Rendezvous`] naming the nodes that have not come by `deadline`; the others are told.
+    /// [`Error::Rendezvous`] naming the nodes that have not come by `deadline`, or saying why the job may not start; the others
+    /// are told.
     pub fn wait_for_nodes(
         &self,
         (first, instead): (Generation, Generation),
@@ -234,6 +279,9 @@ impl Server {
             Start::Missing(missing) => {
                 let endpoint = self.local_addr().to_string();
                 Err(Error::Rendezvous { endpoint, reason: nodes_missing(&missing) })
+            }
+            Start::Barred(reason) => {
+                Err(Error::Rendezvous { endpoint: self.local_addr().to_string(), reason })
             }
             Start::Waiting | Start::Started(_) => {
                 self.lose_patience_later();
@@ -414,9 +462,14 @@ impl Shared {
 
     /// A launcher was lost, and its ranks with it.
     fn lost(&self, state: &mut State, node: u32, reason: &str) {
-        let cause = format!("was lost: {reason}");
         tracing::warn!(node, reason, "a launcher was lost");
-        let failure = Failure { node, rank: None, cause, exit_code: LOST_NODE };
+        let cause = format!("was lost: {reason}");
+        self.fail(state, Failure { node, rank: None, cause, exit_code: LOST_NODE }, reason);
+    }
+
+    /// A launcher and its ranks end, for this reason.
+    fn fail(&self, state: &mut State, failure: Failure, reason: &str) {
+        let node = failure.node;
         if !state.completed && state.causes.lost(failure.clone()) {
             for rank in state.seats.ranks(node) {
                 let cause = format!("was lost with the launcher of node {node}: {reason}");
@@ -446,19 +499,38 @@ impl Shared {
         deadline: Instant,
         waiting: impl Fn(&[u32]),
     ) {
-        let mut told = None;
+        let (mut told, mut has_leave) = (None, false);
         loop {
-            let (missing, last_call_ends) = {
+            let (ready, missing, last_call_ends) = {
                 let mut state = self.lock();
                 let now = Instant::now();
                 if now >= deadline {
                     state.seats.end_last_call();
                 }
-                if state.seats.start(now) {
+                if let Some(reason) = &state.barred {
+                    let reason = reason.clone();
+                    return state.refuse_all(reason);
+                }
+                let has_leave = std::mem::take(&mut has_leave) || self.warden.get().is_none();
+                if has_leave && state.seats.start(now) {
                     return state.begin(first, instead);
                 }
-                (state.seats.missing(), state.seats.last_call_ends(now))
+                let ready = !has_leave && state.seats.are_ready(now);
+                (ready, state.seats.missing(), state.seats.last_call_ends(now))
             };
+            if ready {
+                match self.leave().await {
+                    Leave::Granted => has_leave = true,
+                    Leave::NotYet(reason) if Instant::now() < deadline => {
+                        tracing::warn!(reason, "the job may not start yet");
+                        tokio::time::sleep(LEAVE_PAUSE).await;
+                    }
+                    Leave::NotYet(reason) | Leave::Refused(reason) => {
+                        return self.lock().refuse_all(reason);
+                    }
+                }
+                continue;
+            }
             if told.as_ref() != Some(&missing) {
                 if !missing.is_empty() {
                     waiting(&missing);
@@ -482,6 +554,13 @@ impl Shared {
                 return;
             }
         }
+    }
+
+    /// Whether the ranks may start now.
+    async fn leave(&self) -> Leave {
+        let Some(warden) = self.warden.get().cloned() else { return Leave::Granted };
+        let asked = tokio::task::spawn_blocking(move || warden()).await;
+        asked.unwrap_or_else(|_| Leave::Refused("whoever gives leave to start has panicked".to_owned()))
     }
 
     /// What the job has failed of, when it is certain, or after a second what is known then.
@@ -571,6 +650,12 @@ impl State {
         self.generation = generation.number;
         self.order_all(&Order::Start(generation.clone()));
         self.start = Start::Started(generation);
+    }
+
+    /// The launchers that attend may go, and nothing starts.
+    fn refuse_all(&mut self, reason: String) {
+        self.order_all(&Order::Refused { reason: reason.clone(), for_now: false });
+        self.start = Start::Barred(reason);
     }
 
     /// A worker has failed: what the others did meanwhile is of interest, also of those that notice nothing.

@@ -161,6 +161,15 @@ impl Lease for FileLease {
         &self.identity
     }
 
+    fn place(&self) -> String {
+        self.path.display().to_string()
+    }
+
+    fn newest(&self) -> Result<Epoch, Trouble> {
+        // Renamed as a whole, so that no lock is needed.
+        self.read_known().map(|record| record.epoch)
+    }
+
     fn claim(&self, floor: Epoch) -> Result<Epoch, Trouble> {
         let locked = self.lock()?;
         let record = self.read_known()?;

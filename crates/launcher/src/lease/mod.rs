@@ -4,9 +4,11 @@
 //! lease whoever is first goes on, be it alone; all others find what was decided. A file that all see is one kind of it
 //! ([`mod@file`]).
 //!
-//! An answer may take as long as a file system does, so it is given by a thread of its own, the [`Keeper`].
+//! An answer may take as long as a file system does, so it is given by a thread of its own, the [`Keeper`]. In a job whose ranks
+//! all start again after a change nobody decides about members, and the lease is launcher 0's alone ([`tenure`]).
 
 pub mod file;
+pub mod tenure;
 
 use std::io;
 use std::sync::Arc;
@@ -16,6 +18,10 @@ use std::time::Duration;
 
 use paceline_runtime::membership::{Decision, Epoch};
 
+use self::file::FileLease;
+use crate::cli::RunArgs;
+use crate::error::Error;
+
 /// The pause before a claim is tried again: the object may be there soon.
 const CLAIM_PAUSE: Duration = Duration::from_millis(200);
 
@@ -24,6 +30,15 @@ const CLAIM_PAUSE: Duration = Duration::from_millis(200);
 pub trait Lease: Send + Sync {
     /// Names the object: launchers with different ones would both go on.
     fn identity(&self) -> &str;
+
+    /// Where it is, for people.
+    fn place(&self) -> String;
+
+    /// The newest epoch that was claimed or decided.
+    ///
+    /// # Errors
+    /// See [`Trouble`].
+    fn newest(&self) -> Result<Epoch, Trouble>;
 
     /// Makes the epoch after every one that the job has ever had, and after `floor`, the newest one, without a decision
     /// so far, and returns it.
@@ -49,6 +64,18 @@ pub enum Trouble {
     /// No attempt will, until somebody has done something about it.
     #[error("{0}")]
     Lasting(String),
+}
+
+/// The lease of this job, if it goes by one.
+///
+/// # Errors
+/// [`Error::Usage`] for a file that will not do.
+pub fn of_job(args: &RunArgs) -> Result<Option<Arc<dyn Lease>>, Error> {
+    let Some(file) = args.nodes.as_ref().and_then(|nodes| nodes.lease.as_deref()) else { return Ok(None) };
+    let job = format!("the job at {}", args.rendezvous);
+    let lease =
+        FileLease::open(file, &job).map_err(|trouble| Error::Usage(format!("the lease: {trouble}")))?;
+    Ok(Some(Arc::new(lease)))
 }
 
 /// What is wanted of a lease.

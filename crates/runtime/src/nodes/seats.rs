@@ -104,6 +104,12 @@ impl Seats {
         self.restarts = most;
     }
 
+    /// It does not start again, for whatever reason it was to.
+    pub(crate) fn allow_no_restarts(&mut self) {
+        self.restarts = 0;
+        self.changes = false;
+    }
+
     /// A launcher that attends has been part of this generation, under another launcher 0.
     pub(crate) fn comes_after(&mut self, past: Past) {
         self.after = self.after.max(Some(past));
@@ -324,6 +330,19 @@ impl Seats {
     /// Starts the job if all have come, or enough and no other one for a while, and have been heard since: true once. One that
     /// has died since it came and is not missed yet would be a failure of the job, while before the start it may come again.
     pub(crate) fn start(&mut self, now: Instant) -> bool {
+        if !self.are_ready(now) {
+            return false;
+        }
+        self.started = true;
+        let attending = self.seats.iter().filter(|(_, seat)| seat.presence == Presence::Attending);
+        self.present = std::iter::once(0).chain(attending.map(|(&node, _)| node)).collect();
+        self.in_vain.append(&mut self.newcomers);
+        self.in_vain.retain(|node| !self.present.contains(node));
+        true
+    }
+
+    /// Whether [`start`](Self::start) would start it.
+    pub(crate) fn are_ready(&mut self, now: Instant) -> bool {
         if self.started {
             return false;
         }
@@ -333,14 +352,8 @@ impl Seats {
             return false;
         }
         let complete = *self.complete.get_or_insert(now);
-        let attending = self.seats.iter().filter(|(_, seat)| seat.presence == Presence::Attending);
-        self.started = attending.clone().all(|(_, seat)| seat.heard > complete);
-        if self.started {
-            self.present = std::iter::once(0).chain(attending.map(|(&node, _)| node)).collect();
-            self.in_vain.append(&mut self.newcomers);
-            self.in_vain.retain(|node| !self.present.contains(node));
-        }
-        self.started
+        let mut attending = self.seats.values().filter(|seat| seat.presence == Presence::Attending);
+        attending.all(|seat| seat.heard > complete)
     }
 
     /// Whether the others are to start again without this node when it leaves: it is at work, and they may be fewer.
