@@ -427,7 +427,7 @@ struct RunFlags {
     /// PACELINE_FABRIC, else auto]
     #[arg(long, value_name = "auto|quic|tls", value_parser = fabric)]
     fabric: Option<Fabric>,
-    /// Which part of a job with --nnodes MIN:MAX goes on when its machines lose each other: more than half of them, or
+    /// Which part of a job goes on when its machines lose each other: more than half of them (with --nnodes MIN:MAX), or
     /// whichever gets the lease, be it one machine [default: lease with --lease, else majority] [env: PACELINE_FENCE]
     #[arg(long, value_name = "majority|lease", hide_possible_values = true)]
     fence: Option<FenceFlag>,

@@ -40,6 +40,8 @@ fn main() {
             trial("a_killed_launcher_ends_the_job_on_the_other_nodes", killed_launcher),
             trial("when_launcher_0_is_killed_the_others_end", killed_launcher_0),
             trial("a_node_that_is_told_to_stop_ends_the_others", stopped),
+            trial("a_job_whose_lease_is_damaged_ends_on_all_nodes_and_says_so", damaged_lease),
+            trial("a_job_whose_lease_is_another_jobs_does_not_start", foreign_lease),
             trial(
                 "launcher_0_waits_for_the_ranks_of_other_nodes_says_so_and_can_be_stopped",
                 waiting_at_the_end,
@@ -255,6 +257,35 @@ fn stopped() {
     assert_eq!(report(&second), "stopped by signal 15 (SIGTERM)");
     let text = report(&first);
     assert!(text.contains(" on node 1 was killed by signal 15 (SIGTERM)"), "{text}");
+}
+
+fn damaged_lease() {
+    let nodes = Nodes::new(2);
+    let lease = nodes.path("lease");
+    let [mut first, mut second] = [0, 1].map(|node| nodes.start(node, &["--lease", &lease], "loop"));
+    first.wait_for("looping", 2);
+    second.wait_for("looping", 2);
+    fs::write(&lease, "paceline-lease 1 nonsense").expect("written");
+    let [first, second] = [first.finish(), second.finish()];
+    for finished in [&first, &second] {
+        let text = report(finished);
+        let expected = format!("the launcher of node 0 may not go on: the lease: {lease}: it is damaged; ");
+        assert!(text.starts_with(&expected), "{text}");
+        assert_eq!(finished.status.code(), Some(1), "nobody is asked to start it again");
+    }
+}
+
+fn foreign_lease() {
+    let nodes = Nodes::new(2);
+    let lease = nodes.path("lease");
+    let jobs = [0, 1].map(|node| nodes.start(node, &["--lease", &lease], "sum"));
+    jobs.map(Job::finish).iter().for_each(Finished::assert_success);
+    let again = [0, 1].map(|node| nodes.start(node, &["--lease", &lease], "sum"));
+    again.map(Job::finish).iter().for_each(Finished::assert_success);
+    let other = Nodes::new(2).start(0, &["--lease", &lease], "sum").finish();
+    let text = other.report();
+    assert!(text.starts_with(&format!("the lease: {lease}: it is the lease of the job at ")), "{text}");
+    assert_eq!(other.status.code(), Some(2));
 }
 
 fn waiting_at_the_end() {

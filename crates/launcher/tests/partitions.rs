@@ -15,10 +15,11 @@ use std::sync::LazyLock;
 
 use cluster::{Cluster, Setup};
 use fastrand::Rng;
-use job::{now_us, trial};
+use job::{Job, PACELINE, PATIENCE, now_us, trial};
 use libtest_mimic::Trial;
 use paceline_runtime::membership::Mode;
 use paceline_testbed::{Bed, Faults, Plan, host_address};
+use rustix::process::{Pid, Signal, kill_process};
 use training::{STEPS, number_from, pause, set_pace, train};
 
 /// The largest job here.
@@ -45,6 +46,7 @@ fn trials() -> Vec<Trial> {
         trial("of_five_hosts_three_go_on_and_two_come_back_however_the_network_falls_apart", of_five),
         trial("of_four_hosts_the_half_with_the_lowest_goes_on_and_no_sample_is_lost", of_four),
         trial("with_a_lease_exactly_one_of_two_hosts_that_lose_each_other_goes_on", leased),
+        trial("of_two_launchers_0_of_one_lease_that_never_meet_the_later_one_goes_on", deposed),
     ]
 }
 
@@ -53,6 +55,7 @@ fn rank(part: &str, args: &[String]) {
     match part {
         "slots" => train(Mode::Slots, args),
         "shrink" => train(Mode::Shrink, args),
+        "sleep" => std::thread::sleep(PATIENCE),
         other => panic!("no part {other}"),
     }
 }
@@ -179,6 +182,34 @@ fn leased() {
     one_way(&mut cluster, &[0], &[1], 2);
     one_way(&mut cluster, &[1], &[0], 2);
     cluster.complete(Mode::Slots);
+}
+
+/// Ranks that all start again after a change. Each host has a launcher 0, and could be enough alone.
+fn deposed() {
+    mend();
+    split(&[0], &[1]);
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("lease").to_string_lossy().into_owned();
+    let endpoint = format!("{}:29400", host_address(0));
+    let nodes = ["--nnodes", "1:2", "--max-restarts", "3", "--rdzv-backend", "c10d"];
+    let meeting =
+        ["--rdzv-conf", "is_host=true,last_call_timeout=1", "--rdzv-endpoint", &endpoint, "--insecure"];
+    let flags = [&nodes[..], &meeting, &["--lease", &file]].concat();
+    let start = |host| {
+        let mut job = Job::start_elsewhere(BED.on_host(host, PACELINE), 1, &flags, &[], "sleep", &[]);
+        job.wait_for("process ", 1);
+        job
+    };
+    let first = start(0);
+    let second = start(1);
+    let first = first.finish();
+    let reason = format!("may not go on: another launcher 0 has taken the lease ({file})");
+    assert!(first.lines.iter().any(|line| line.contains(&reason)), "{}", first.lines.join("\n"));
+    assert_eq!(first.status.code(), Some(1), "nobody is asked to start it again");
+    kill_process(Pid::from_child(&second.launcher), Signal::TERM).expect("it goes on");
+    let second = second.finish();
+    assert_eq!((second.status.code(), second.lines_with("process ").len()), (Some(143), 1));
+    mend();
 }
 
 fn at_random(cluster: &mut Cluster, hosts: usize, partitions: u64) {

@@ -1,8 +1,8 @@
-//! Jobs of three launchers whose workers and launchers are killed, with PyTorch's own training as the program; whoever has
-//! started the launchers starts a killed one again after a second, as a pod's kubelet would.
+//! Jobs of three launchers, and of two with a lease, whose workers and launchers are killed, with PyTorch's own training as the
+//! program; whoever has started the launchers starts a killed one again after a second, as a pod's kubelet would.
 //!
-//! `cargo xtask torchrun` kills each once; with `--kills N` it kills each N times, and torchrun's workers and agents too, and
-//! prints both beside each other. It says with PYTHON_EXEC which interpreter has PyTorch.
+//! `cargo xtask torchrun` kills each five times; with `--kills N` it kills each N times, and torchrun's workers and agents too, and
+//! prints all beside each other. It says with PYTHON_EXEC which interpreter has PyTorch.
 
 #![allow(clippy::print_stdout, reason = "prints what it has measured")]
 
@@ -17,8 +17,8 @@ use std::time::{Duration, Instant, SystemTime};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-/// Launchers, each with one worker.
-const NODES: usize = 3;
+/// How often each is killed where nobody says how often.
+const KILLS: usize = 5;
 
 /// What takes longer hangs: a start of three interpreters with PyTorch takes some 10 s on two busy cores.
 const LIMIT: Duration = Duration::from_secs(240);
@@ -33,9 +33,12 @@ const SECRET: &str = "b1946ac92492d2347c6235b4d2611184";
 
 const ENDLESS: &str = include_str!("endless.py");
 
+/// What kind of launchers a job has, each with one worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Launcher {
+enum Launchers {
     Paceline,
+    /// Two, of which whichever has the lease may lead.
+    PacelineWithLease,
     Torchrun,
 }
 
@@ -49,21 +52,29 @@ enum Victim {
     LeadingLauncher,
 }
 
-impl fmt::Display for Launcher {
+impl fmt::Display for Launchers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Launcher::Paceline => "paceline run",
-            Launcher::Torchrun => "torchrun",
+            Launchers::Paceline => "3 paceline run",
+            Launchers::PacelineWithLease => "2 with --lease",
+            Launchers::Torchrun => "3 torchrun",
         })
     }
 }
 
-impl Launcher {
-    /// How long its recovery is waited for.
+impl Launchers {
+    fn count(self) -> usize {
+        match self {
+            Launchers::Paceline | Launchers::Torchrun => 3,
+            Launchers::PacelineWithLease => 2,
+        }
+    }
+
+    /// How long their recovery is waited for.
     fn patience(self) -> Duration {
         match self {
-            Launcher::Paceline => LIMIT,
-            Launcher::Torchrun => PATIENCE,
+            Launchers::Paceline | Launchers::PacelineWithLease => LIMIT,
+            Launchers::Torchrun => PATIENCE,
         }
     }
 }
@@ -82,10 +93,21 @@ const VICTIMS: [Victim; 3] = [Victim::Worker, Victim::Launcher, Victim::LeadingL
 
 #[test]
 fn a_job_survives_sigkill_of_a_worker_of_a_launcher_and_of_the_launcher_that_leads() {
-    let mut job = Job::start(Launcher::Paceline);
-    for (round, victim) in VICTIMS.into_iter().enumerate() {
-        if let Err(why) = job.recover_from(victim, round) {
-            panic!("{victim}: {why}\n{}", job.logs());
+    survives(Launchers::Paceline);
+}
+
+#[test]
+fn a_job_of_two_launchers_with_a_lease_survives_the_same() {
+    survives(Launchers::PacelineWithLease);
+}
+
+fn survives(launchers: Launchers) {
+    let mut job = Job::start(launchers);
+    for victim in VICTIMS {
+        for round in 0..KILLS {
+            if let Err(why) = job.recover_from(victim, round) {
+                panic!("{victim}, {} of {KILLS}: {why}\n{}", round + 1, job.logs());
+            }
         }
     }
     job.end();
@@ -99,19 +121,21 @@ fn both_launchers_are_killed_and_measured_in_one_run() {
         let text = std::env::var(name).unwrap_or_else(|_| panic!("cargo xtask torchrun sets {name}"));
         text.parse().unwrap_or_else(|_| panic!("{name} is {text:?}, and no number"))
     };
+    let ours = kills("PACELINE_TEST_KILLS");
     let of_each = [
-        (Launcher::Paceline, kills("PACELINE_TEST_KILLS")),
-        (Launcher::Torchrun, kills("PACELINE_TEST_TORCHRUN_KILLS")),
+        (Launchers::Paceline, ours),
+        (Launchers::PacelineWithLease, ours),
+        (Launchers::Torchrun, kills("PACELINE_TEST_TORCHRUN_KILLS")),
     ];
-    let mut table = vec!["killed               launcher      recovered     median    longest".to_owned()];
+    let mut table = vec!["killed               launchers       recovered     median    longest".to_owned()];
     let mut in_vain = 0;
     for victim in VICTIMS {
-        for (launcher, times) in of_each {
-            let took = measure(launcher, victim, times);
-            if launcher == Launcher::Paceline {
+        for (launchers, times) in of_each {
+            let took = measure(launchers, victim, times);
+            if launchers != Launchers::Torchrun {
                 in_vain += times - took.len();
             }
-            table.push(row(launcher, victim, times, took));
+            table.push(row(launchers, victim, times, took));
         }
     }
     println!("\nfrom SIGKILL to the first step of all ranks in the next generation\n{}", table.join("\n"));
@@ -120,20 +144,20 @@ fn both_launchers_are_killed_and_measured_in_one_run() {
 
 /// Kills so often, and returns how long each recovery took. A job that has not recovered is of no more use, and another one
 /// takes its place.
-fn measure(launcher: Launcher, victim: Victim, times: usize) -> Vec<Duration> {
+fn measure(launchers: Launchers, victim: Victim, times: usize) -> Vec<Duration> {
     let mut took = Vec::new();
     let mut present: Option<Job> = None;
     for round in 0..times {
-        let mut job = present.take().unwrap_or_else(|| Job::start(launcher));
+        let mut job = present.take().unwrap_or_else(|| Job::start(launchers));
         match job.recover_from(victim, round) {
             Ok(time) => {
-                println!("{launcher}, {victim}, {} of {times}: {:.1} s", round + 1, time.as_secs_f64());
+                println!("{launchers}, {victim}, {} of {times}: {:.1} s", round + 1, time.as_secs_f64());
                 took.push(time);
                 present = Some(job);
             }
             Err(why) => {
-                println!("{launcher}, {victim}, {} of {times}: {why}", round + 1);
-                if launcher == Launcher::Paceline {
+                println!("{launchers}, {victim}, {} of {times}: {why}", round + 1);
+                if launchers != Launchers::Torchrun {
                     println!("{}", job.logs());
                 }
             }
@@ -142,19 +166,19 @@ fn measure(launcher: Launcher, victim: Victim, times: usize) -> Vec<Duration> {
     took
 }
 
-fn row(launcher: Launcher, victim: Victim, times: usize, mut took: Vec<Duration>) -> String {
+fn row(launchers: Launchers, victim: Victim, times: usize, mut took: Vec<Duration>) -> String {
     took.sort();
     let in_words =
         |time: Option<&Duration>| time.map_or("-".to_owned(), |t| format!("{:.1} s", t.as_secs_f64()));
-    let (victim, launcher) = (victim.to_string(), launcher.to_string());
+    let (victim, launchers) = (victim.to_string(), launchers.to_string());
     let recovered = format!("{} of {times}", took.len());
     let [median, longest] = [took.get(took.len() / 2), took.last()].map(in_words);
-    format!("{victim:<20} {launcher:<12} {recovered:>10} {median:>10} {longest:>10}")
+    format!("{victim:<20} {launchers:<14} {recovered:>10} {median:>10} {longest:>10}")
 }
 
 /// A job that trains.
 struct Job {
-    launcher: Launcher,
+    launchers: Launchers,
     folder: TempDir,
     endpoint: String,
     nodes: Vec<Child>,
@@ -174,7 +198,7 @@ struct First {
 
 impl Job {
     /// Starts it and waits for its first step.
-    fn start(launcher: Launcher) -> Self {
+    fn start(launchers: Launchers) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         fs::write(folder.path().join("endless.py"), ENDLESS).expect("written");
         let secret = folder.path().join("secret");
@@ -183,13 +207,13 @@ impl Job {
         fs::set_permissions(&secret, mode).expect("changed");
         let endpoint = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
         let endpoint = endpoint.expect("a port").to_string();
-        let mut job = Self { launcher, folder, endpoint, nodes: Vec::new(), workers: BTreeSet::new() };
-        for node in 0..NODES {
+        let mut job = Self { launchers, folder, endpoint, nodes: Vec::new(), workers: BTreeSet::new() };
+        for node in 0..launchers.count() {
             let started = job.launch(node);
             job.nodes.push(started);
         }
-        if let Err(why) = job.wait_for_steps(&[0; NODES], LIMIT) {
-            panic!("{launcher} has not started: {why}\n{}", job.logs());
+        if let Err(why) = job.wait_for_steps(&vec![0; launchers.count()], LIMIT) {
+            panic!("{launchers}: the job has not started: {why}\n{}", job.logs());
         }
         job
     }
@@ -200,8 +224,8 @@ impl Job {
 
     fn launch(&self, node: usize) -> Child {
         let python = std::env::var("PYTHON_EXEC").expect("`cargo xtask torchrun` sets PYTHON_EXEC");
-        let mut command = match self.launcher {
-            Launcher::Paceline => {
+        let mut command = match self.launchers {
+            Launchers::Paceline | Launchers::PacelineWithLease => {
                 let mut command = Command::new(env!("CARGO_BIN_EXE_paceline"));
                 command.args([
                     "run",
@@ -213,9 +237,12 @@ impl Job {
                     "120",
                 ]);
                 command.arg("--job-secret").arg(self.path("secret"));
+                if self.launchers == Launchers::PacelineWithLease {
+                    command.arg("--fence=lease").arg("--lease").arg(self.path("lease"));
+                }
                 command
             }
-            Launcher::Torchrun => {
+            Launchers::Torchrun => {
                 let mut command = Command::new(python);
                 command.args(["-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-id=job"]);
                 command.arg(format!("--rdzv-conf=is_host={}", node == 0));
@@ -224,7 +251,8 @@ impl Job {
         };
         let log = File::options().create(true).append(true).open(self.path(&format!("log.{node}")));
         let log = log.expect("a log");
-        command.args(["--nnodes", &NODES.to_string(), "--nproc-per-node", "1", "--max-restarts", "10000"]);
+        let count = self.launchers.count().to_string();
+        command.args(["--nnodes", &count, "--nproc-per-node", "1", "--max-restarts", "10000"]);
         command.args(["--rdzv-endpoint", &self.endpoint]);
         command.arg(self.path("endless.py")).arg(self.folder.path()).env("NO_COLOR", "1");
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("a descriptor")).stderr(log);
@@ -238,11 +266,11 @@ impl Job {
         let killed_at =
             SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("after 1970").as_secs_f64();
         match victim {
-            Victim::Worker => kill(pids[round % NODES]),
-            Victim::Launcher => self.replace(1 + round % (NODES - 1)),
+            Victim::Worker => kill(pids[round % pids.len()]),
+            Victim::Launcher => self.replace(1 + round % (pids.len() - 1)),
             Victim::LeadingLauncher => self.replace(0),
         }
-        let firsts = self.wait_for_steps(&pids, self.launcher.patience())?;
+        let firsts = self.wait_for_steps(&pids, self.launchers.patience())?;
         for (before, after) in before.iter().flatten().zip(&firsts) {
             assert!(before.step <= after.step, "steps were forgotten: {before:?} and then {after:?}");
         }
@@ -258,7 +286,7 @@ impl Job {
     }
 
     fn firsts(&self) -> Vec<Option<First>> {
-        (0..NODES).map(|rank| read(&self.path(&format!("first.{rank}")))).collect()
+        (0..self.launchers.count()).map(|rank| read(&self.path(&format!("first.{rank}")))).collect()
     }
 
     /// Waits until each rank has another process than that one, which has done a step. torchrun's agents that end are
@@ -268,18 +296,19 @@ impl Job {
         loop {
             let firsts: Vec<First> = self.firsts().into_iter().flatten().collect();
             self.workers.extend(firsts.iter().map(|first| first.pid));
-            if firsts.len() == NODES && firsts.iter().zip(before).all(|(first, before)| first.pid != *before)
+            if firsts.len() == before.len()
+                && firsts.iter().zip(before).all(|(first, before)| first.pid != *before)
             {
                 return Ok(firsts);
             }
             if Instant::now() >= deadline {
                 return Err(format!("no step of all ranks within {} s", limit.as_secs()));
             }
-            for node in 0..NODES {
+            for node in 0..before.len() {
                 let ended =
                     self.nodes.get_mut(node).and_then(|node| node.try_wait().expect("it is our child"));
                 let Some(status) = ended else { continue };
-                if self.launcher == Launcher::Paceline {
+                if self.launchers != Launchers::Torchrun {
                     return Err(format!("launcher {node} has ended: {status}"));
                 }
                 std::thread::sleep(SUPERVISION);
@@ -293,7 +322,7 @@ impl Job {
     fn end(mut self) {
         fs::write(self.path("stop"), "").expect("written");
         let deadline = Instant::now() + LIMIT;
-        for node in 0..NODES {
+        for node in 0..self.launchers.count() {
             let status = loop {
                 match self.nodes[node].try_wait().expect("it is our child") {
                     Some(status) => break status,
@@ -303,7 +332,7 @@ impl Job {
             };
             assert!(status.success(), "launcher {node}: {status}\n{}", self.logs());
         }
-        for rank in 0..NODES {
+        for rank in 0..self.launchers.count() {
             assert!(self.logs().contains(&format!("rank {rank} has done ")), "{}", self.logs());
         }
     }
@@ -315,7 +344,7 @@ impl Job {
             let lines: Vec<&str> = text.lines().collect();
             format!("--- node {node}\n{}", lines[lines.len().saturating_sub(40)..].join("\n"))
         };
-        (0..NODES).map(log).collect::<Vec<_>>().join("\n")
+        (0..self.launchers.count()).map(log).collect::<Vec<_>>().join("\n")
     }
 }
 

@@ -135,3 +135,94 @@ impl Post {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use paceline_runtime::membership::Decision;
+
+    use super::super::file::FileLease;
+    use super::*;
+    use crate::console::Console;
+
+    fn tenure(lease: impl Lease + 'static) -> Tenure {
+        let console = Console::start();
+        Tenure::new(Arc::new(lease), News::new().expect("a descriptor"), Status::new(&console))
+    }
+
+    #[test]
+    fn the_later_one_has_it_and_the_first_one_never_again() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("lease");
+        let open = || tenure(FileLease::open(&path, "job").expect("it can be opened"));
+        let (first, second) = (open(), open());
+        assert_eq!((first.ask(), first.ask(), first.lost()), (Leave::Granted, Leave::Granted, None));
+        assert_eq!(second.ask(), Leave::Granted);
+        let reason = format!("another launcher 0 has taken the lease ({})", path.display());
+        for _ in 0..2 {
+            assert_eq!(first.ask(), Leave::Refused(reason.clone()));
+            assert_eq!((first.lost(), second.ask()), (Some(reason.clone()), Leave::Granted));
+        }
+        std::fs::remove_file(&path).expect("it is there");
+        let refused = second.ask();
+        assert!(matches!(&refused, Leave::Refused(reason) if reason.ends_with("somebody has removed it")));
+    }
+
+    #[test]
+    fn whoever_has_it_finds_out_that_it_was_taken_and_rings() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("lease");
+        let open = || tenure(FileLease::open(&path, "job").expect("it can be opened"));
+        let (first, second) = (open(), open());
+        assert_eq!((first.ask(), second.ask()), (Leave::Granted, Leave::Granted));
+        let mut bell =
+            [rustix::event::PollFd::from_borrowed_fd(first.news.fd(), rustix::event::PollFlags::IN)];
+        let limit = rustix::event::Timespec { tv_sec: 60, tv_nsec: 0 };
+        assert_eq!(rustix::event::poll(&mut bell, Some(&limit)), Ok(1), "it rings");
+        assert!(first.lost().is_some() && second.lost().is_none());
+    }
+
+    /// Answers to claims and to the question for the newest epoch, as they come.
+    struct Told(Mutex<VecDeque<Result<Epoch, Trouble>>>);
+
+    impl Told {
+        fn next(&self) -> Result<Epoch, Trouble> {
+            self.0.lock().expect("no panic").pop_front().expect("nobody asks so often")
+        }
+    }
+
+    impl Lease for Told {
+        fn identity(&self) -> &str {
+            "told"
+        }
+
+        fn place(&self) -> String {
+            "told".to_owned()
+        }
+
+        fn newest(&self) -> Result<Epoch, Trouble> {
+            self.next()
+        }
+
+        fn claim(&self, _: Epoch) -> Result<Epoch, Trouble> {
+            self.next()
+        }
+
+        fn swap(&self, _: &Decision) -> Result<Option<Decision>, Trouble> {
+            unreachable!("there are no members")
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_read_now_is_asked_for_again_and_loses_nothing() {
+        let passing = || Err(Trouble::Passing("the server is away".to_owned()));
+        let answers = [passing(), Ok(Epoch(4)), passing(), Ok(Epoch(4)), Ok(Epoch(5))];
+        let post = Post { lease: Arc::new(Told(Mutex::new(answers.into()))), state: Mutex::new(State::Open) };
+        let not_yet = || Leave::NotYet("the lease: the server is away".to_owned());
+        assert_eq!([post.ask(), post.ask()], [not_yet(), Leave::Granted]);
+        assert_eq!([post.ask(), post.ask()], [not_yet(), Leave::Granted]);
+        assert!(matches!(post.ask(), Leave::Refused(_)), "somebody has taken it");
+        assert!(matches!(post.ask(), Leave::Refused(_)), "and nobody is asked any more");
+    }
+}
