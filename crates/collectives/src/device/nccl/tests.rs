@@ -9,7 +9,7 @@ use std::ffi::c_int;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, LazyLock, Mutex};
+use std::sync::{Arc, Barrier, Condvar, LazyLock, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -559,10 +559,12 @@ fn an_abort_from_outside_is_the_error_of_every_later_call() {
 
 #[test]
 fn what_a_failed_group_of_a_host_has_made_goes_to_no_other_host() {
-    let meetings = meetings_of_two_hosts();
+    let (meetings, formed) = (meetings_of_two_hosts(), Barrier::new(4));
     let ends = two_hosts(|rank, communicator| {
         let device = Software::new(rank as u64);
         let mut hierarchy = hierarchy(rank, communicator, &device, &meetings);
+        // Whoever fails before leaves those alone that still form it.
+        formed.wait();
         let stream = device.new_stream().expect("it has streams");
         let buffer = device.alloc(8, DType::I32);
         if rank < 2 {
