@@ -500,6 +500,15 @@ impl<'a> Said<'a> {
         of_kind.map(|line| line.split_whitespace().filter_map(|word| word.parse().ok()).collect())
     }
 
+    /// The longest time between two steps applied one after the other, the first of them not before `from` and the last the first
+    /// one after `until`.
+    fn longest_step(&self, from: u128, until: u128) -> f64 {
+        let applied: Vec<u128> = self.numbers("applied ").map(|said| said[1]).collect();
+        let during = applied.windows(2).filter(|pair| pair[0] >= from && pair[0] <= until);
+        let longest = during.map(|pair| pair[1] - pair[0]).max();
+        longest.expect("a step was applied meanwhile") as f64 / 1e3
+    }
+
     /// When the first step was applied that was reduced after `epoch`: the first stable step of a later epoch is the one
     /// that its members began from.
     fn first_step_after(&self, epoch: u64) -> u128 {
@@ -508,24 +517,31 @@ impl<'a> Said<'a> {
     }
 }
 
-/// From SIGKILL, and from SIGSTOP, of one of four ranks to the next step that all three others have applied, and from the
-/// start of the next process to its first contribution. Shrink mode, so that no lost share is computed again; what is left
+/// The steps before any fault; from SIGKILL, and from SIGSTOP, of one of four ranks to the next step that all three others have
+/// applied; from the start of the next process to its first contribution; and the longest step of a survivor meanwhile, from the
+/// first one without the victim on. Shrink mode, so that no lost share is computed again; what is left
 /// is detection, the view change, new links and the step itself.
 fn measure() {
     let kills = number_from("PACELINE_MEASURE_FAULTS").unwrap_or(20);
     let mut watch = Watch::new(Job::start(RANKS, &["--max-restarts", "1000000"], "large", &[]));
-    watch.until("all were members", |w| w.members == RANKS && w.step > 20);
+    watch.until("all were members", |w| w.members == RANKS && w.step > 100);
+    let applied: Vec<u128> = Said::new(&watch, 0, 0).numbers("applied ").map(|said| said[1]).collect();
+    let steps = applied.windows(2).map(|pair| (pair[1] - pair[0]) as f64 / 1e3).collect();
     let mut rng = Rng::with_seed(5);
-    let (mut killed, mut frozen, mut joined) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut killed, mut frozen, mut joined, mut held_up) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for _ in 0..kills {
         pause(&mut rng, 300);
         let (victim, epoch, before) = (rng.usize(0..RANKS), watch.epoch, watch.job.seen.len());
         killed.push(time(&mut watch, victim, Signal::KILL));
         watch.until_whole(epoch);
+        let step = watch.step;
+        watch.until("they went on together", |w| w.step > step + 2);
         let said = Said::new(&watch, before, victim);
         let started = said.numbers("process ").next().expect("another process")[1];
         let contributed = said.numbers("stable ").find(|said| said[3] > started).expect("a step")[3];
         joined.push((contributed - started) as f64 / 1e3);
+        let survivor = Said::new(&watch, before.saturating_sub(50), (victim + 1) % RANKS);
+        held_up.push(survivor.longest_step(survivor.first_step_after(epoch), contributed));
     }
     for _ in 0..kills.div_ceil(3) {
         let (victim, epoch) = (rng.usize(0..RANKS), watch.epoch);
@@ -533,11 +549,13 @@ fn measure() {
         watch.signal(victim, Signal::CONT);
         watch.until_whole(epoch);
     }
-    let applied: Vec<u128> = Said::new(&watch, 0, 0).numbers("applied ").map(|said| said[1]).collect();
-    let steps = applied.windows(2).map(|pair| (pair[1] - pair[0]) as f64 / 1e3).collect();
-    for (what, times) in
-        [("a step", steps), ("SIGKILL", killed), ("SIGSTOP", frozen), ("start to contribution", joined)]
-    {
+    for (what, times) in [
+        ("a step", steps),
+        ("SIGKILL", killed),
+        ("SIGSTOP", frozen),
+        ("start to contribution", joined),
+        ("a survivor's longest step meanwhile", held_up),
+    ] {
         print_times(what, times);
     }
 }
