@@ -80,6 +80,11 @@ impl Setting {
         }
     }
 
+    /// How many workers the job has when all are there.
+    fn workers(&self) -> u16 {
+        u16::try_from(self.ranks.saturating_mul(self.nodes.0)).unwrap_or(u16::MAX)
+    }
+
     fn has_several_nodes(&self) -> bool {
         self.nodes.0 > 1
     }
@@ -284,6 +289,11 @@ impl Membership {
         }
         if self.dead.contains(&child) || self.workers.contains_key(&child) {
             return refuse(format!("process {} has attached before, or has ended", child.0));
+        }
+        let workers = self.setting.workers();
+        if wish.spares >= workers {
+            let spares = wish.spares;
+            return refuse(format!("{spares} spares of {workers} workers leave none to compute; ask for fewer"));
         }
         let fence = if self.lease.is_some() { Fence::Lease } else { Fence::Majority };
         let (start, job) = (self.now(), terms(wish, fence, &self.setting));
@@ -607,13 +617,13 @@ fn claim(stored: Epoch, several_nodes: bool) -> Epoch {
 
 fn terms(wish: Wish, fence: Fence, setting: &Setting) -> Job {
     let workers_per_launcher = u16::try_from(setting.ranks).unwrap_or(u16::MAX);
-    let seats = setting.nodes.0;
-    let workers = u16::try_from(u32::from(workers_per_launcher).saturating_mul(seats)).unwrap_or(u16::MAX);
     Job {
-        seats,
+        seats: setting.nodes.0,
         workers_per_launcher,
-        slots: wish.slots.unwrap_or(workers),
+        slots: wish.slots.unwrap_or(setting.workers() - wish.spares),
+        spares: wish.spares,
         mode: wish.mode,
+        catch_up: wish.catch_up,
         fence,
         timing: Timing::default(),
     }
@@ -624,13 +634,19 @@ mod tests {
     use std::net::{Ipv4Addr, SocketAddr};
     use std::sync::mpsc::channel;
 
-    use paceline_runtime::membership::{Mode, Progress, Report};
+    use paceline_runtime::membership::{CatchUp, Mode, Progress, Report};
 
     use super::*;
     use crate::health::Pulse;
     use crate::news::News;
 
-    const WISH: Wish = Wish { mode: Mode::Slots, slots: None, checkpoint_every: None };
+    const WISH: Wish = Wish {
+        mode: Mode::Slots,
+        slots: None,
+        spares: 0,
+        catch_up: CatchUp::Results,
+        checkpoint_every: None,
+    };
 
     /// A job of two ranks on one machine, and what its workers are told.
     struct Rig {
@@ -684,6 +700,29 @@ mod tests {
         fn is_released(&self, child: u32) -> bool {
             self.told[&Child(child)].try_iter().any(|message| message == ToChild::Finished)
         }
+    }
+
+    /// What a worker that asks for that is refused with, after one that asks for [`WISH`] has come.
+    fn refusal_of(wish: Wish) -> Option<String> {
+        let mut rig = Rig::new();
+        rig.attach(1);
+        let (to_worker, told) = channel();
+        rig.membership.hear(Input::Attached { child: Child(2), wish, to_worker });
+        told.try_iter().find_map(|message| match message {
+            ToChild::Refused { reason } => Some(reason),
+            _ => None,
+        })
+    }
+
+    #[test]
+    fn a_worker_that_asks_for_another_membership_than_the_first_is_refused_in_a_line() {
+        assert_eq!(refusal_of(WISH), None);
+        for other in [Wish { spares: 1, ..WISH }, Wish { catch_up: CatchUp::State, ..WISH }] {
+            let reason = refusal_of(other).expect("it is refused");
+            assert!(reason.ends_with("start the same program on all workers"), "{reason}");
+        }
+        let reason = refusal_of(Wish { spares: 2, ..WISH }).expect("it is refused");
+        assert_eq!(reason, "2 spares of 2 workers leave none to compute; ask for fewer");
     }
 
     #[test]
