@@ -293,7 +293,9 @@ impl Membership {
         let workers = self.setting.workers();
         if wish.spares >= workers {
             let spares = wish.spares;
-            return refuse(format!("{spares} spares of {workers} workers leave none to compute; ask for fewer"));
+            return refuse(format!(
+                "{spares} spares of {workers} workers leave none to compute; ask for fewer"
+            ));
         }
         let fence = if self.lease.is_some() { Fence::Lease } else { Fence::Majority };
         let (start, job) = (self.now(), terms(wish, fence, &self.setting));

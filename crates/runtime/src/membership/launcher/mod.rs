@@ -599,7 +599,8 @@ mod tests {
     fn founded_with(workers: u16) -> Launcher {
         let (mode, fence, timing) = (Mode::Slots, Fence::Majority, Timing::default());
         let (slots, spares, catch_up) = (workers, 0, CatchUp::Results);
-        let job = Job { seats: 1, workers_per_launcher: workers, slots, spares, mode, catch_up, fence, timing };
+        let job =
+            Job { seats: 1, workers_per_launcher: workers, slots, spares, mode, catch_up, fence, timing };
         let voter = Voter { seat: Seat(0), incarnation: Incarnation(99) };
         let mut launcher = Launcher::new(job, voter, Duration::ZERO);
         for worker in 1..=u128::from(workers) {

@@ -439,13 +439,16 @@ fn where_states_are_taken_over_a_newcomer_begins_with_the_whole_state_of_a_membe
         let lost = run.world.places()[seed as usize % 3];
         run.strike(Fault::KillWorker(lost));
         run.well_again();
-        assert_eq!(run.epoch().0, epoch.0 + 2, "seed {seed}: one epoch without it and one with its successor");
+        assert_eq!(
+            run.epoch().0,
+            epoch.0 + 2,
+            "seed {seed}: one epoch without it and one with its successor"
+        );
         let resolution = run.world.checks.decisions[&run.epoch()].resolution.clone();
         let (newcomers, members): (Vec<Place>, Vec<Place>) =
             run.world.places().into_iter().partition(|place| place.seat == lost.seat);
         let began = run.state(newcomers[0], resolution.applied.0);
-        let sources =
-            members.iter().filter(|&&member| resolution.sources.contains(&run.incarnation(member)));
+        let sources = members.iter().filter(|&&member| resolution.sources.contains(&run.incarnation(member)));
         let states: Vec<_> = sources.map(|&member| run.state(member, resolution.applied.0)).collect();
         assert!(states.contains(&began), "seed {seed}: {began:?} is none of {states:?}");
         let newest = members.iter().map(|&member| run.applied(member)).min().expect("there are some");
