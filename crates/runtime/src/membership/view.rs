@@ -288,6 +288,8 @@ mod tests {
             let joined = deal(mode, 3, 3, &[vec![0], vec![1], vec![2], vec![], vec![]]);
             assert_eq!(joined, [vec![0], vec![1], vec![2], vec![], vec![]], "{mode:?}");
         }
+        let founded = deal(Mode::Slots, 7, 3, &vec![Vec::new(); 4]);
+        assert_eq!(founded, [vec![0, 3, 6], vec![1, 4], vec![2, 5], vec![]], "however many slots there are");
         let uneven = deal(Mode::Slots, 7, 3, &[vec![0, 1, 2], vec![3, 4], vec![]]);
         assert_eq!(uneven, [vec![0, 1, 2], vec![3, 4], vec![5, 6]], "as many as the lost one had");
     }

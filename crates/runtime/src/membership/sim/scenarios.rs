@@ -369,8 +369,9 @@ fn a_newcomer_that_cannot_keep_up_holds_the_others_up_for_one_transfer_of_the_st
 
 #[test]
 fn a_spare_adopts_the_slots_of_a_lost_worker_in_the_very_next_view_and_its_successor_becomes_one() {
-    for (seed, mode) in SEEDS.flat_map(|seed| [(seed, Mode::Slots), (seed, Mode::Shrink)]) {
-        let mut run = Running::new(seed, Job { slots: 3, spares: 1, mode, ..job(4, 1) });
+    let modes = [(Mode::Slots, 3), (Mode::Slots, 6), (Mode::Shrink, 3)];
+    for (seed, (mode, slots)) in SEEDS.flat_map(|seed| modes.map(|mode| (seed, mode))) {
+        let mut run = Running::new(seed, Job { slots, spares: 1, mode, ..job(4, 1) });
         let before = run.contributors();
         let places = run.world.places();
         let (lost, spare): (Vec<Place>, Vec<Place>) =
