@@ -20,6 +20,9 @@ struct Args {
     /// The number of logical workers; as many as processes if not given
     #[arg(long)]
     slots: Option<u16>,
+    /// How many processes only follow the training until one of the others is lost
+    #[arg(long, default_value = "0")]
+    spares: usize,
     /// Save the state into this folder, which all processes share, and go on from what is there
     #[arg(long, value_name = "FOLDER")]
     checkpoint: Option<PathBuf>,
@@ -47,6 +50,7 @@ fn main() -> anyhow::Result<()> {
     let mut config = Config::new(SAMPLES, BATCH);
     config.passes = args.passes;
     config.slots = args.slots;
+    config.spares = args.spares;
     config.checkpoint = args.checkpoint;
     config.checkpoint_every = args.every;
     let mut model = Model::new(Duration::from_millis(args.pause_ms));

@@ -39,7 +39,9 @@ pub(super) fn train<P: Program>(config: &Config, program: &mut P, stop: &Stop) -
             return Ok(end);
         }
         let loss = mean.last().map(|loss| loss.to_f64());
-        let stable = Stable { step: state.applied, epoch: EPOCH, members: 1, loss, control_messages: 0 };
+        let (members, contributors) = (1, 1);
+        let step = state.applied;
+        let stable = Stable { step, epoch: EPOCH, members, contributors, loss, control_messages: 0 };
         training.program().stable(&stable);
     }
 }

@@ -482,9 +482,12 @@ impl<G: Gradient> Control<G> {
             WorkerAction::Stable(step) => {
                 let loss = self.result.as_ref().filter(|result| result.step == step);
                 let loss = loss.and_then(|result| result.mean.last()).map(|loss| loss.to_f64());
-                let members = self.view.as_ref().map_or(0, |view| view.members.len());
-                let (epoch, control_messages) = (self.core.epoch(), self.control_messages);
-                self.command(Command::Stable(Stable { step, epoch, members, loss, control_messages }));
+                let all = self.view.as_ref().map_or(&[][..], |view| &view.members);
+                let contributors = all.iter().filter(|member| !member.slots.is_empty()).count();
+                let (epoch, members, control_messages) =
+                    (self.core.epoch(), all.len(), self.control_messages);
+                let stable = Stable { step, epoch, members, contributors, loss, control_messages };
+                self.command(Command::Stable(stable));
             }
             WorkerAction::Release(_) => self.forget_result(),
             WorkerAction::Draw => self.draw(),
@@ -504,10 +507,10 @@ impl<G: Gradient> Control<G> {
         self.order(Order::Run { epoch, step, shares, inputs, saving });
     }
 
-    /// Has the program save its state with the other members of the view.
+    /// Has the program save its state, with the other members of the view if they have the same.
     fn checkpoint(&mut self, stable: StableStep) {
         let (Some(view), Some(state)) = (&self.view, self.core.progress()) else { return };
-        let Some(group) = saver::group(view, self.core.incarnation()) else { return };
+        let Some(group) = saver::group(view, self.core.incarnation(), self.core.catch_up()) else { return };
         self.command(Command::Checkpoint { stable, lineage: state.lineage, group });
     }
 

@@ -38,7 +38,9 @@ pub(super) fn train<P: Program>(
     stop: &Stop,
 ) -> Result<End, Error> {
     let checkpoint_every = config.checkpoint.as_ref().map(|_| config.checkpoint_every);
-    let wish = Wish { mode: config.mode, slots: config.slots, checkpoint_every };
+    // The configuration has been checked: there are few spares.
+    let (mode, slots, spares, catch_up) = (config.mode, config.slots, config.spares as u16, config.catch_up);
+    let wish = Wish { mode, slots, spares, catch_up, checkpoint_every };
     let failpoints = failpoints(env)?;
     let (pipe, welcome) = attach(env, wish)?;
     let pipe = Arc::new(pipe);

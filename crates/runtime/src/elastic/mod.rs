@@ -74,7 +74,7 @@ use batches::Batches;
 
 use crate::checkpoint::Settings;
 use crate::env::{self, ElasticEnv};
-use crate::membership::{Incarnation, MAX_SLOTS, Mode};
+use crate::membership::{CatchUp, Incarnation, MAX_SLOTS, MAX_WORKERS, Mode};
 use crate::{Error, membership};
 
 /// What is trained on, and how the work is shared. Equal on all workers.
@@ -92,9 +92,20 @@ pub struct Config {
     /// What becomes of a lost worker's share: [`Mode::Slots`] by default, so that the weights are those of an undisturbed
     /// run, bit by bit. With [`Mode::Shrink`] steps are means over those who are there, and the lost share is done later.
     pub mode: Mode,
-    /// The number of slots, the logical workers of the job; as many as workers at the start by default. The gradient of a
-    /// step is the mean over slots, so a job with as many slots has the same weights on any number of workers.
+    /// The number of slots, the logical workers of the job; as many as workers at the start, less the spares, by default. The
+    /// gradient of a step is the mean over slots, so a job with as many slots has the same weights on any number of workers.
     pub slots: Option<u16>,
+    /// How many workers are spares while all are there; none by default, and fewer than workers. A spare applies every step
+    /// and contributes to none. When a worker with slots is lost, the oldest spare has them in the next view, so the number
+    /// of [contributors](Stable::contributors) stays, and whoever replaces the lost one is a spare. `mode` is for losses
+    /// beyond that.
+    pub spares: usize,
+    /// How a worker gets the steps that others have made without it: [`CatchUp::Results`] by default. With
+    /// [`CatchUp::State`] [`Program::apply`] need not be deterministic: a newcomer, and a survivor that lacks the last step,
+    /// takes over the state of a member that has made it, and nothing is applied twice. Then the others wait for each
+    /// newcomer for as long as its state is under way, states differ from member to member as much as `apply` does, and
+    /// checkpoints are of rank 0's alone.
+    pub catch_up: CatchUp,
     /// The folder for checkpoints, which all workers see on whatever machine they are, and which belongs to one job; none by
     /// default. A training that begins goes on from the newest one that is whole. The members share the work of writing
     /// them, in the background, and only stable steps are saved. What cannot be saved is an error in the log, and training
@@ -117,6 +128,8 @@ impl Config {
             seed: 0,
             mode: Mode::Slots,
             slots: None,
+            spares: 0,
+            catch_up: CatchUp::Results,
             checkpoint: None,
             checkpoint_every: 100,
             checkpoint_settings: Settings::default(),
@@ -133,8 +146,8 @@ impl Config {
             _ if self.checkpoint_every == 0 => {
                 usage("a checkpoint after each 0 steps is never made; choose at least 1".to_owned())
             }
-            _ if self.mode == Mode::Spare => {
-                usage("Mode::Spare is not built yet; choose Mode::Slots or Mode::Shrink".to_owned())
+            _ if self.spares >= MAX_WORKERS => {
+                usage(format!("{} spares are not fewer than {MAX_WORKERS} workers", self.spares))
             }
             _ => Ok(()),
         }

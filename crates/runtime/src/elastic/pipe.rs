@@ -20,10 +20,10 @@ use paceline_transport::wire;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::membership::{FromWorker, Incarnation, Job, Mode, ToWorker};
+use crate::membership::{CatchUp, FromWorker, Incarnation, Job, Mode, ToWorker};
 
 /// The version of these messages: both sides are of one installation, but a program may have been linked long ago.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 
 /// Where an admission of a worker is reached by the others.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,8 +43,12 @@ pub struct Contact {
 pub struct Wish {
     /// What becomes of a lost worker's slots.
     pub mode: Mode,
-    /// The number of slots; as many as workers at the start if that is not said.
+    /// The number of slots; as many as workers at the start, less the spares, if that is not said.
     pub slots: Option<u16>,
+    /// How many workers have no slot while all are there.
+    pub spares: u16,
+    /// How a worker gets the steps that it has not made.
+    pub catch_up: CatchUp,
     /// After how many steps each a checkpoint is made, if any are: members agree on each of them.
     pub checkpoint_every: Option<u64>,
 }
@@ -145,7 +149,8 @@ mod tests {
     #[test]
     fn messages_come_out_as_they_went_in_and_the_end_is_none() {
         let (one, other) = UnixStream::pair().expect("a pair of sockets");
-        let wish = Wish { mode: Mode::Slots, slots: Some(7), checkpoint_every: None };
+        let (mode, catch_up) = (Mode::Slots, CatchUp::State);
+        let wish = Wish { mode, slots: Some(7), spares: 2, catch_up, checkpoint_every: None };
         let said = [FromChild::Attach { version: VERSION, child: 3, wish }, FromChild::Finished];
         said.iter().for_each(|message| send(&one, message).expect("there is room"));
         drop(one);

@@ -26,7 +26,8 @@ pub trait Program {
     fn gradient(&mut self, samples: &[usize], gradient: &mut [Self::Gradient]) -> f64;
 
     /// Changes the state by the mean of all gradients of a step. Deterministic: every worker calls it with the same
-    /// gradient in the same state and must get the same bits, also one that catches up.
+    /// gradient in the same state and must get the same bits, also one that catches up; unless
+    /// [`Config::catch_up`](super::Config::catch_up) says otherwise.
     fn apply(&mut self, gradient: &[Self::Gradient]);
 
     /// A step is stable: all members have applied it, and nothing undoes it. Only such steps should be shown or
@@ -43,6 +44,8 @@ pub struct Stable {
     pub epoch: Epoch,
     /// The members of that epoch.
     pub members: usize,
+    /// The members that have slots: all but the spares. The world size of the training.
+    pub contributors: usize,
     /// The mean loss over the step's samples; `None` where the process took the step over without its result.
     pub loss: Option<f64>,
     /// The messages of the membership that this process has sent and received so far, but for heartbeats. No step needs

@@ -6,6 +6,8 @@
 //! that is saved is ever undone. Members agree with one small all-reduce, behind the sum of step s + 1, whether all can:
 //! one that is still writing makes all leave this one out, so no member waits for a shard that does not come.
 //!
+//! Where members need not have the same bits, rank 0 saves the whole state; the others agree with it all the same.
+//!
 //! Who saves together is one view, and a view saves under a number of its own. When it ends, what its members are writing
 //! is given up; what is left of that is removed when the next view saves.
 
@@ -20,7 +22,7 @@ use crate::checkpoint::{
     self, Checkpointer, Error as CheckpointError, Group, Layout, Notes, Settings, StableStep, TensorMut,
 };
 use crate::digest::Digest;
-use crate::membership::{Incarnation, Ledger, Step, View};
+use crate::membership::{CatchUp, Incarnation, Ledger, Step, View};
 use crate::sampler::SamplerState;
 
 /// Whether the state before a step is saved with it. What is due is the same on all members.
@@ -203,15 +205,20 @@ impl Saver {
     }
 }
 
-/// The members of a view, as those who save together; none if this one is not among them. No other view, of whichever job,
-/// has their number: incarnations are drawn at random.
-pub(super) fn group(view: &View, me: Incarnation) -> Option<Group> {
+/// The members of a view, as those who save together; the first one alone where their states may differ, since a shard of one
+/// and a shard of another are no state. None if this one is not among them. No other view, of whichever job, has their number:
+/// incarnations are drawn at random.
+pub(super) fn group(view: &View, me: Incarnation, catch_up: CatchUp) -> Option<Group> {
     let rank = view.members.iter().position(|member| member.incarnation == me)?;
     let words = |incarnation: Incarnation| [incarnation.0 as u64, (incarnation.0 >> 64) as u64];
     let members = view.members.iter().flat_map(|member| words(member.incarnation));
     let all: Vec<u64> = std::iter::once(view.epoch.0).chain(members).collect();
     let run = u64::from_le_bytes(Digest::of([&all[..]]).0);
-    Some(Group { rank, world_size: view.members.len(), run })
+    let world_size = match catch_up {
+        CatchUp::Results => view.members.len(),
+        CatchUp::State => 1,
+    };
+    (rank < world_size).then_some(Group { rank, world_size, run })
 }
 
 /// As vectors: a program does not say which shapes its tensors have.
@@ -249,7 +256,8 @@ mod tests {
 
     #[test]
     fn no_two_views_save_under_one_number_and_their_members_all_do() {
-        let of = |epoch, members: &[u128], me| group(&view(epoch, members), Incarnation(me));
+        let of =
+            |epoch, members: &[u128], me| group(&view(epoch, members), Incarnation(me), CatchUp::Results);
         let first = of(3, &[7, 8 << 64], 7).expect("a member");
         assert_eq!((first.rank, first.world_size), (0, 2));
         assert_eq!(of(3, &[7, 8 << 64], 8 << 64), Some(Group { rank: 1, ..first }));
@@ -258,6 +266,13 @@ mod tests {
             assert_ne!(other.expect("a member").run, first.run);
         }
         assert_eq!(of(3, &[7], 8), None);
+    }
+
+    #[test]
+    fn where_states_may_differ_the_first_member_saves_alone() {
+        let of = |me| group(&view(3, &[7, 8]), Incarnation(me), CatchUp::State);
+        assert_eq!(of(7).map(|group| (group.rank, group.world_size)), Some((0, 1)));
+        assert_eq!(of(8), None);
     }
 
     fn saver(folder: &std::path::Path, weights: &mut [f64]) -> Saver {
@@ -283,7 +298,7 @@ mod tests {
         assert_eq!(turns(&mut saver, &[0, 9, 10]), [Saving::NotDue, Saving::NotDue, Saving::Ready]);
         assert_eq!(saver.turn(Step(0), true), Saving::NotDue, "nothing has been trained");
         assert_eq!(saver.turn(Step(9), true), Saving::Ready);
-        let group = group(&view(1, &[7]), Incarnation(7)).expect("a member");
+        let group = group(&view(1, &[7]), Incarnation(7), CatchUp::Results).expect("a member");
         saver.save(StableStep::of_one(10), group, vec![Tensor::new("weights", &mut weights)], &position());
         saver.checkpointer.as_mut().expect("it has saved").wait().expect("the disk answers");
         assert_eq!(turns(&mut saver, &[10, 20]), [Saving::Declined, Saving::Ready]);

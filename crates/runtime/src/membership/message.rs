@@ -243,7 +243,8 @@ pub enum PeerMessage {
     },
     /// To whoever has asked for a state: it will come, ask nobody else.
     Soon,
-    /// To a newcomer: ask to enter. It is one step behind at most, or would not come nearer by what it is sent.
+    /// To a newcomer: ask to enter. It is one step behind at most, would not come nearer by what it is sent, or is to take over
+    /// the state that its first view begins with.
     Enter {
         /// The epoch of the view that it should enter from.
         epoch: Epoch,
@@ -374,7 +375,7 @@ mod tests {
 
     use super::*;
     use crate::membership::launcher::{Child, Launcher, LauncherAction, LauncherEvent};
-    use crate::membership::settings::{Fence, Job, Timing};
+    use crate::membership::settings::{CatchUp, Fence, Job, Timing};
     use crate::membership::view::{MAX_SLOTS, Member, Mode, Seat, Slot};
     use crate::membership::worker::{Worker, WorkerEvent};
 
@@ -542,7 +543,8 @@ mod tests {
         ) {
             let timing = Timing::default();
             let (mode, fence) = (Mode::Slots, Fence::Majority);
-            let job = Job { seats: 3, workers_per_launcher: 1, slots: 4, mode, fence, timing };
+            let (spares, catch_up) = (0, CatchUp::Results);
+            let job = Job { seats: 3, workers_per_launcher: 1, slots: 4, spares, mode, catch_up, fence, timing };
             let voter = |seat: u32| Voter { seat: Seat(seat), incarnation: Incarnation(u128::MAX - u128::from(seat)) };
             let mut launcher = Launcher::new(job, voter(0), Duration::ZERO);
             let (mut worker, _) = Worker::new(job, Incarnation(u128::MAX - 3), None, Duration::ZERO);

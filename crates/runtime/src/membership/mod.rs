@@ -65,7 +65,7 @@ pub use message::{
 };
 pub use progress::{Progress, Report, Resolution, Step};
 pub use samples::Ledger;
-pub use settings::{Fence, Job, Timing};
+pub use settings::{CatchUp, Fence, Job, Timing};
 pub use view::{
     Epoch, Incarnation, MAX_LAUNCHERS, MAX_SLOTS, MAX_WORKERS, Member, Mode, Seat, Slot, View, Voter, deal,
 };

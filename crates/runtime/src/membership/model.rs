@@ -17,7 +17,7 @@ use super::launcher::{Child, Launcher, LauncherAction, LauncherEvent};
 use super::message::{Ballot, Decision, Envelope, Evidence, Message, PeerMessage, ToWorker};
 use super::mutation::Mutation;
 use super::progress::{Progress, Resolution, Step};
-use super::settings::{Fence, Job, Timing};
+use super::settings::{CatchUp, Fence, Job, Timing};
 use super::view::{Epoch, Incarnation, Member, Mode, Seat, View, Voter};
 use super::worker::{Worker, WorkerAction, WorkerEvent};
 
@@ -101,8 +101,9 @@ impl Bounds {
             takeover: PATIENCE,
             give_up: NEVER,
         };
-        let (mode, fence) = (Mode::Shrink, Fence::Majority);
-        Job { seats: self.nodes, workers_per_launcher: 1, slots: self.nodes as u16, mode, fence, timing }
+        let (mode, catch_up, fence) = (Mode::Shrink, CatchUp::Results, Fence::Majority);
+        let (slots, spares) = (self.nodes as u16, 0);
+        Job { seats: self.nodes, workers_per_launcher: 1, slots, spares, mode, catch_up, fence, timing }
     }
 
     fn first_view(&self) -> Decision {

@@ -15,6 +15,16 @@ pub enum Fence {
     Lease,
 }
 
+/// How a worker gets the steps that others have made without it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum CatchUp {
+    /// By their results, which it applies as the others have: then all have the same bits.
+    #[default]
+    Results,
+    /// By a whole state of a member that has applied them. Nothing is applied twice, and members need not have the same bits.
+    State,
+}
+
 /// The same for all launchers and workers of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Job {
@@ -24,12 +34,24 @@ pub struct Job {
     pub workers_per_launcher: u16,
     /// The number of logical workers.
     pub slots: u16,
+    /// How many workers have no slot while all are there: each adopts those of one that is lost.
+    pub spares: u16,
     /// What becomes of a lost worker's slots.
     pub mode: Mode,
+    /// How a worker gets the steps that it has not made.
+    pub catch_up: CatchUp,
     /// What decides an epoch.
     pub fence: Fence,
     /// How long to wait for what.
     pub timing: Timing,
+}
+
+impl Job {
+    /// The most workers that have slots at a time; at least one, however many spares there are to be.
+    pub fn contributors(&self) -> usize {
+        let workers = self.seats as usize * usize::from(self.workers_per_launcher);
+        workers.saturating_sub(self.spares.into()).max(1)
+    }
 }
 
 /// How long to wait for what.

@@ -159,33 +159,38 @@ impl View {
     }
 }
 
-/// What becomes of a lost worker's slots.
+/// What becomes of a lost worker's slots when no spare adopts them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Mode {
     /// They are vacant until a newcomer takes them; steps are means over those present.
     Shrink,
     /// The survivors compute them too, so that every step has all slots.
     Slots,
-    /// A spare adopts them.
-    Spare,
 }
 
 /// Who computes which slots when the workers are these, in rank order, with the slots that they had: a pure
 /// function, so that what a leader proposes can be checked.
 ///
+/// At most `contributors` of them have any: those that had, and then the first ones without. The others are spares.
 /// Whoever had slots keeps them, but for those that others need in mode `Slots`. Vacant ones go, lowest
 /// first, to the worker with the fewest.
-pub fn deal(mode: Mode, slots: u16, had: &[Vec<Slot>]) -> Vec<Vec<Slot>> {
+pub fn deal(mode: Mode, slots: u16, contributors: usize, had: &[Vec<Slot>]) -> Vec<Vec<Slot>> {
     let mut dealt = had.to_vec();
-    let taken: BTreeSet<Slot> = had.iter().flatten().copied().collect();
+    let mut ranks: Vec<usize> = (0..had.len()).collect();
+    ranks.sort_by_key(|&rank| had[rank].is_empty());
+    let spares: BTreeSet<usize> = ranks.into_iter().skip(contributors).collect();
+    spares.iter().for_each(|&rank| dealt[rank].clear());
+    let taken: BTreeSet<Slot> = dealt.iter().flatten().copied().collect();
     let mut vacant: Vec<Slot> = (0..slots).filter(|slot| !taken.contains(slot)).collect();
-    if dealt.is_empty() {
+    let contributes = |(rank, slots)| (!spares.contains(&rank)).then_some(slots);
+    let mut dealing: Vec<&mut Vec<Slot>> = dealt.iter_mut().enumerate().filter_map(contributes).collect();
+    if dealing.is_empty() {
         return dealt;
     }
     if mode == Mode::Slots {
         // Newcomers relieve the others of their highest slots: some may keep one more than the rest.
-        let (fair, mut extra) = (usize::from(slots) / dealt.len(), usize::from(slots) % dealt.len());
-        for slots in &mut dealt {
+        let (fair, mut extra) = (usize::from(slots) / dealing.len(), usize::from(slots) % dealing.len());
+        for slots in &mut dealing {
             let keeps_extra = slots.len() > fair && extra > 0;
             extra -= usize::from(keeps_extra);
             vacant.extend(slots.drain((fair + usize::from(keeps_extra)).min(slots.len())..));
@@ -193,7 +198,7 @@ pub fn deal(mode: Mode, slots: u16, had: &[Vec<Slot>]) -> Vec<Vec<Slot>> {
         vacant.sort_unstable();
     }
     for slot in vacant {
-        let fewest = dealt.iter_mut().min_by_key(|slots| slots.len());
+        let fewest = dealing.iter_mut().min_by_key(|slots| slots.len());
         if let Some(slots) = fewest.filter(|slots| mode == Mode::Slots || slots.is_empty()) {
             slots.push(slot);
         }
@@ -255,7 +260,7 @@ mod tests {
             for (lost, joined) in [(0, 0), (1, 0), (0, 1), (2, 3), (1, 1), (1, 0)] {
                 had.drain(..lost);
                 had.extend(vec![Vec::new(); joined]);
-                had = deal(Mode::Slots, slots, &had);
+                had = deal(Mode::Slots, slots, 5, &had);
                 let mut all: Vec<Slot> = had.iter().flatten().copied().collect();
                 all.sort_unstable();
                 assert_eq!(all, (0..slots).collect::<Vec<_>>());
@@ -267,9 +272,32 @@ mod tests {
 
     #[test]
     fn a_lost_slot_stays_vacant_until_somebody_without_one_comes() {
-        let after_loss = deal(Mode::Shrink, 3, &[vec![0], vec![2]]);
+        let after_loss = deal(Mode::Shrink, 3, 3, &[vec![0], vec![2]]);
         assert_eq!(after_loss, [vec![0], vec![2]]);
-        assert_eq!(deal(Mode::Shrink, 3, &[vec![0], vec![2], vec![]]), [vec![0], vec![2], vec![1]]);
-        assert_eq!(deal(Mode::Spare, 2, &[vec![0], vec![1], vec![]]), [vec![0], vec![1], vec![]]);
+        assert_eq!(deal(Mode::Shrink, 3, 3, &[vec![0], vec![2], vec![]]), [vec![0], vec![2], vec![1]]);
+        assert_eq!(deal(Mode::Shrink, 2, 2, &[vec![0], vec![1], vec![]]), [vec![0], vec![1], vec![]]);
+    }
+
+    #[test]
+    fn the_oldest_spare_adopts_the_slots_of_a_lost_worker_and_a_newcomer_becomes_one() {
+        for mode in [Mode::Slots, Mode::Shrink] {
+            let founded = deal(mode, 3, 3, &vec![Vec::new(); 5]);
+            assert_eq!(founded, [vec![0], vec![1], vec![2], vec![], vec![]], "{mode:?}");
+            let lost = deal(mode, 3, 3, &[vec![0], vec![2], vec![], vec![]]);
+            assert_eq!(lost, [vec![0], vec![2], vec![1], vec![]], "{mode:?}");
+            let joined = deal(mode, 3, 3, &[vec![0], vec![1], vec![2], vec![], vec![]]);
+            assert_eq!(joined, [vec![0], vec![1], vec![2], vec![], vec![]], "{mode:?}");
+        }
+        let founded = deal(Mode::Slots, 7, 3, &vec![Vec::new(); 4]);
+        assert_eq!(founded, [vec![0, 3, 6], vec![1, 4], vec![2, 5], vec![]], "however many slots there are");
+        let uneven = deal(Mode::Slots, 7, 3, &[vec![0, 1, 2], vec![3, 4], vec![]]);
+        assert_eq!(uneven, [vec![0, 1, 2], vec![3, 4], vec![5, 6]], "as many as the lost one had");
+    }
+
+    #[test]
+    fn without_a_spare_left_the_survivors_are_those_who_contribute() {
+        assert_eq!(deal(Mode::Slots, 3, 3, &[vec![0], vec![2]]), [vec![0, 1], vec![2]]);
+        assert_eq!(deal(Mode::Slots, 3, 3, &[vec![0, 1], vec![2], vec![]]), [vec![0], vec![2], vec![1]]);
+        assert_eq!(deal(Mode::Shrink, 3, 3, &[vec![0], vec![2]]), [vec![0], vec![2]]);
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::message::{Decision, Evidence, FromWorker, PeerMessage, ToWorker, Transfer};
 use super::mutation::Mutation;
 use super::progress::{Progress, Report, Step};
-use super::settings::Job;
+use super::settings::{CatchUp, Job};
 use super::view::{Epoch, Incarnation, MAX_WORKERS, Member, Slot, View};
 
 #[cfg(test)]
@@ -181,8 +181,9 @@ struct Follower {
     /// The last step that it has said it has; until it says so, that of the whole state that it was sent.
     has: Step,
     since: Duration,
-    /// It does not keep up: more results than a state is worth were on their way to it. It is sent nothing any more, enters
-    /// with what it has, and fetches a whole state while the others wait, which is one transfer however far behind it is.
+    /// It does not keep up: more results than a state is worth were on their way to it; or it is to apply none. It is sent
+    /// nothing any more, enters with what it has, and fetches a whole state while the others wait, which is one transfer
+    /// however far behind it is.
     late: bool,
 }
 
@@ -264,6 +265,11 @@ impl Worker {
     /// Its present incarnation.
     pub fn incarnation(&self) -> Incarnation {
         self.me
+    }
+
+    /// How it gets the steps that others have made without it.
+    pub fn catch_up(&self) -> CatchUp {
+        self.job.catch_up
     }
 
     /// The newest epoch that it knows.
@@ -569,7 +575,7 @@ impl Worker {
         let state = transfer.reaches();
         let wanted = match (self.standing, transfer) {
             (Standing::Behind | Standing::Outside, Transfer::Result { before, .. }) => {
-                self.current == Some(before)
+                self.replays() && self.current == Some(before)
             }
             (Standing::Behind, Transfer::State { .. }) => true,
             // Of two sources the slower one has the older state.
@@ -632,7 +638,7 @@ impl Worker {
         let sent = have.filter(|_| self.is_near(have));
         let has = sent.map_or(Step(0), |state| state.applied);
         let known = self.followers.get(&from);
-        let (since, late) = known.map_or((self.now, false), |known| (known.since, known.late));
+        let (since, late) = known.map_or((self.now, !self.replays()), |known| (known.since, known.late));
         self.followers.insert(from, Follower { sent, has, since, late });
         if sent.is_none() && !late {
             self.act(WorkerAction::Peer { to: from, message: PeerMessage::Soon });
@@ -696,6 +702,11 @@ impl Worker {
         }
     }
 
+    /// Whether whoever lacks a step applies its result.
+    fn replays(&self) -> bool {
+        self.job.catch_up == CatchUp::Results
+    }
+
     fn on_fetch(&mut self, from: Incarnation, epoch: Epoch, have: Option<Progress>) {
         if epoch > self.epoch() && (self.early.len() < MAX_WORKERS || self.early.contains_key(&from)) {
             self.early.insert(from, (epoch, have));
@@ -722,7 +733,8 @@ impl Worker {
         let (Standing::Going, Some(state), true) = (self.standing, self.current, of_this_view) else {
             return;
         };
-        let kept = self.previous.filter(|&before| have == Some(before) && self.stable < state.applied);
+        let is_kept = |&before: &Progress| have == Some(before) && self.stable < state.applied;
+        let kept = self.previous.filter(is_kept).filter(|_| self.replays());
         let transfer = match kept {
             Some(before) => Transfer::Result { before, after: state },
             None => Transfer::State { state },

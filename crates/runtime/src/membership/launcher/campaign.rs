@@ -289,7 +289,8 @@ impl Launcher {
         }
         voters.sort_unstable();
         let had: Vec<_> = members.iter().map(|member| member.slots.clone()).collect();
-        for (member, slots) in members.iter_mut().zip(deal(self.job.mode, self.job.slots, &had)) {
+        let dealt = deal(self.job.mode, self.job.slots, self.job.contributors(), &had);
+        for (member, slots) in members.iter_mut().zip(dealt) {
             member.slots = slots;
         }
         // Ranks in the order of slots, those without one last: then a sum over ranks is one over slots.

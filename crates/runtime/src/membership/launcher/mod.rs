@@ -581,7 +581,7 @@ impl Launcher {
 mod tests {
     use super::*;
     use crate::membership::progress::Progress;
-    use crate::membership::settings::Timing;
+    use crate::membership::settings::{CatchUp, Timing};
     use crate::membership::view::Mode;
 
     const MS: Duration = Duration::from_millis(1);
@@ -598,7 +598,9 @@ mod tests {
 
     fn founded_with(workers: u16) -> Launcher {
         let (mode, fence, timing) = (Mode::Slots, Fence::Majority, Timing::default());
-        let job = Job { seats: 1, workers_per_launcher: workers, slots: workers, mode, fence, timing };
+        let (slots, spares, catch_up) = (workers, 0, CatchUp::Results);
+        let job =
+            Job { seats: 1, workers_per_launcher: workers, slots, spares, mode, catch_up, fence, timing };
         let voter = Voter { seat: Seat(0), incarnation: Incarnation(99) };
         let mut launcher = Launcher::new(job, voter, Duration::ZERO);
         for worker in 1..=u128::from(workers) {

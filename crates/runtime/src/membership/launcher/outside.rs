@@ -204,7 +204,8 @@ impl Launcher {
             Some(workers.iter().map(member(launcher)).collect::<Vec<_>>())
         };
         let mut members: Vec<Member> = founding.attending.iter().filter_map(of_seat).flatten().collect();
-        let dealt = deal(self.job.mode, self.job.slots, &vec![Vec::new(); members.len()]);
+        let had = vec![Vec::new(); members.len()];
+        let dealt = deal(self.job.mode, self.job.slots, self.job.contributors(), &had);
         members.iter_mut().zip(dealt).for_each(|(member, slots)| member.slots = slots);
         let voters = founding.guests.values().copied().collect();
         let resolution = resolve(&reports, |_| false, Mutation::None)?;

@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::super::launcher::Launcher;
-use super::super::message::{Ballot, Decision};
+use super::super::message::{Ballot, Decision, Transfer};
 use super::super::progress::Step;
-use super::super::settings::{Fence, Job};
+use super::super::settings::{CatchUp, Fence, Job};
 use super::super::view::{Epoch, Incarnation, Mode, Slot, View};
 use super::super::worker::Worker;
 use super::data::{Complete, Program};
@@ -102,12 +102,24 @@ impl Checks {
         if let Err(reason) = decision.check() {
             self.fail(|| format!("I1: {epoch} has {reason}"));
         }
+        self.check_contributors(&decision.view);
         if self.claimed.contains(&epoch) || self.decisions.is_empty() {
             self.on_founding(decision, store);
         } else {
             self.on_change(decision);
         }
         self.decisions.insert(epoch, decision.clone());
+    }
+
+    /// Spares have no slots, and as many others have some as can.
+    fn check_contributors(&mut self, view: &View) {
+        let workers = self.job.seats as usize * usize::from(self.job.workers_per_launcher);
+        let most = (workers - usize::from(self.job.spares)).min(self.job.slots.into());
+        let (members, with_slots) = (view.members.len(), view.members.iter().filter(|m| !m.slots.is_empty()));
+        let contributors = with_slots.count();
+        self.ensure(contributors == members.min(most), || {
+            format!("I7: {contributors} of {members} members contribute in {}", view.epoch)
+        });
     }
 
     /// A job that begins again begins from its newest checkpoint or later; what was stable after that is lost.
@@ -218,16 +230,25 @@ impl Checks {
         self.ensure(model.applied() == step.0, || format!("I6: {me} applied another step than {step}"));
         self.applied_ever.entry(me).and_modify(|most| *most = (*most).max(step.0)).or_insert(step.0);
         self.outcomes.insert(model.state(), std::mem::take(&mut self.in_flight));
-        self.adopted(core, model);
+        self.compare(core, model);
     }
 
-    pub(super) fn adopted(&mut self, core: &Worker, model: &Model) {
-        if self.job.mode != Mode::Slots {
+    pub(super) fn adopted(&mut self, core: &Worker, model: &Model, transfer: Transfer) {
+        let me = core.incarnation();
+        let replays = matches!(transfer, Transfer::Result { .. });
+        self.ensure(!replays || self.job.catch_up == CatchUp::Results, || {
+            format!("I11: {me} applies a result of which others have the state")
+        });
+        self.compare(core, model);
+    }
+
+    fn compare(&mut self, core: &Worker, model: &Model) {
+        if self.job.mode != Mode::Slots || self.job.catch_up == CatchUp::State {
             return;
         }
         while self.reference.applied() < model.applied() {
             let inputs = (0..self.job.slots).map(|slot| (slot, self.reference.input(slot))).collect();
-            self.reference.apply(&inputs);
+            self.reference.apply(&inputs, 0);
         }
         let same = self.reference.history[model.applied() as usize] == model.state();
         let me = core.incarnation();

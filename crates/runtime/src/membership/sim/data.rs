@@ -43,6 +43,8 @@ pub(super) struct Program {
     /// What came for a transfer that the core has not been told of yet.
     incoming: Option<Bytes>,
     pub(super) mutation: Mutation,
+    /// See [`Model::apply`].
+    salt: u64,
 }
 
 /// A collective that is complete here.
@@ -51,7 +53,7 @@ pub(super) struct Complete {
 }
 
 impl Program {
-    pub(super) fn new(model: Model, mutation: Mutation) -> Self {
+    pub(super) fn new(model: Model, mutation: Mutation, salt: u64) -> Self {
         Self {
             model,
             kept: Inputs::new(),
@@ -61,6 +63,7 @@ impl Program {
             early: Vec::new(),
             incoming: None,
             mutation,
+            salt,
         }
     }
 
@@ -125,7 +128,7 @@ impl Program {
     }
 
     pub(super) fn apply(&mut self, result: Inputs) {
-        self.model.apply(&result);
+        self.model.apply(&result, self.salt);
         self.result = Some(result);
         self.kept.clear();
         let applied = self.model.applied();

@@ -6,7 +6,8 @@
 //! reorders control messages; links for data that deliver in the end unless one end dies; pipes between a
 //! launcher and its workers; processes that are killed, frozen and restarted; a store for the job's epoch and
 //! checkpoints. A step has two collectives. The state is a number that every step hashes with all inputs in
-//! slot order, so two histories never end in the same state.
+//! slot order, so two histories never end in the same state. Where members take states over rather than results, each
+//! process also has an optimizer of its own kind.
 
 mod checks;
 mod data;
@@ -28,14 +29,16 @@ type Inputs = BTreeMap<Slot, u64>;
 /// The state of the training, as bytes would be in production.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Model {
-    /// The state after each step, from the first one on.
+    /// The state after each step, from the first one on, as far as results determine it.
     history: Vec<u64>,
+    /// The rest of the state after each step, by which members differ whose optimizers are not deterministic.
+    drift: Vec<u64>,
     ledger: Ledger,
 }
 
 impl Model {
     fn new(slots: u16) -> Self {
-        Self { history: vec![1], ledger: Ledger::new(slots) }
+        Self { history: vec![1], drift: vec![0], ledger: Ledger::new(slots) }
     }
 
     fn applied(&self) -> u64 {
@@ -48,15 +51,20 @@ impl Model {
 
     /// The gradient of a slot at the next step: of the state, and of the batch that the slot is dealt.
     fn input(&self, slot: Slot) -> u64 {
+        let drift = *self.drift.last().expect("it begins with one");
         mix(self.state()
+            ^ drift
             ^ mix(self.ledger.batch(slot).wrapping_mul(0x1000_0001)).rotate_left(u32::from(slot)))
     }
 
-    fn apply(&mut self, result: &Inputs) {
+    /// `salt` is what the optimizer of this process adds, and 0 if it is deterministic.
+    fn apply(&mut self, result: &Inputs, salt: u64) {
         let state = result.iter().fold(mix(self.state()), |state, (&slot, &value)| {
             mix(state.rotate_left(9) ^ value.wrapping_add(u64::from(slot)))
         });
         self.history.push(state);
+        let drift = *self.drift.last().expect("it begins with one");
+        self.drift.push(if salt == 0 { drift } else { mix(drift ^ salt) });
         self.ledger.commit(&result.keys().copied().collect());
     }
 }

@@ -1,11 +1,11 @@
 //! The failure cases by name: one fault at a chosen moment, and what must come of it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::super::mutation::Mutation;
-use super::super::settings::{Fence, Job, Timing};
-use super::super::view::{Epoch, Mode};
+use super::super::settings::{CatchUp, Fence, Job, Timing};
+use super::super::view::{Epoch, Incarnation, Mode, Slot};
 use super::super::worker::WorkerEvent;
 use super::faults::Fault;
 use super::ms;
@@ -15,8 +15,9 @@ const SEEDS: std::ops::Range<u64> = 0..20;
 
 fn job(seats: u32, workers_per_launcher: u16) -> Job {
     let timing = Timing { give_up: ms(3_000), ..Timing::default() };
-    let slots = seats as u16 * workers_per_launcher;
-    Job { seats, workers_per_launcher, slots, mode: Mode::Slots, fence: Fence::Majority, timing }
+    let (slots, spares) = (seats as u16 * workers_per_launcher, 0);
+    let (mode, catch_up, fence) = (Mode::Slots, CatchUp::Results, Fence::Majority);
+    Job { seats, workers_per_launcher, slots, spares, mode, catch_up, fence, timing }
 }
 
 /// A job that trains, with a name for what went wrong.
@@ -94,6 +95,23 @@ impl Running {
 
     fn applied(&self, place: Place) -> u64 {
         self.world.sites[place.seat].workers[&place.child].program.model.applied()
+    }
+
+    /// The state after a step that determines the next one, whole.
+    fn state(&self, place: Place, step: u64) -> (u64, u64) {
+        let model = &self.world.sites[place.seat].workers[&place.child].program.model;
+        (model.history[step as usize], model.drift[step as usize])
+    }
+
+    /// The workers with slots in the newest view, each with its slots.
+    fn contributors(&self) -> BTreeMap<Incarnation, Vec<Slot>> {
+        let view = &self.world.checks.decisions[&self.epoch()].view;
+        let members = view.members.iter().filter(|member| !member.slots.is_empty());
+        members.map(|member| (member.incarnation, member.slots.clone())).collect()
+    }
+
+    fn incarnation(&self, place: Place) -> Incarnation {
+        self.world.sites[place.seat].workers[&place.child].core.incarnation()
     }
 
     fn well_again(&mut self) {
@@ -346,5 +364,97 @@ fn a_newcomer_that_cannot_keep_up_holds_the_others_up_for_one_transfer_of_the_st
         assert!(longest < transfer + ms(300), "seed {seed}: no step for {longest:?}");
         let entered = run.world.now - start;
         assert!(entered < transfer + ms(1_200), "seed {seed}: {entered:?}");
+    }
+}
+
+#[test]
+fn a_spare_adopts_the_slots_of_a_lost_worker_in_the_very_next_view_and_its_successor_becomes_one() {
+    let modes = [(Mode::Slots, 3), (Mode::Slots, 6), (Mode::Shrink, 3)];
+    for (seed, (mode, slots)) in SEEDS.flat_map(|seed| modes.map(|mode| (seed, mode))) {
+        let mut run = Running::new(seed, Job { slots, spares: 1, mode, ..job(4, 1) });
+        let before = run.contributors();
+        let places = run.world.places();
+        let (lost, spare): (Vec<Place>, Vec<Place>) =
+            places.iter().partition(|&&place| before.contains_key(&run.incarnation(place)));
+        assert_eq!((lost.len(), spare.len()), (3, 1), "seed {seed}");
+        let (lost, spare) = (lost[seed as usize % 3], run.incarnation(spare[0]));
+        let (vacant, epoch) = (before[&run.incarnation(lost)].clone(), run.epoch().next());
+        let mut expected = before;
+        expected.remove(&run.incarnation(lost));
+        expected.insert(spare, vacant);
+        run.strike(Fault::KillWorker(lost));
+        run.pass_until("the next epoch", |world| world.checks.decisions.contains_key(&epoch));
+        assert_eq!((run.epoch(), run.contributors()), (epoch, expected.clone()), "seed {seed}, {mode:?}");
+        run.time_to_next_step();
+        run.well_again();
+        assert_eq!(run.contributors(), expected, "seed {seed}, {mode:?}: the newcomer is the spare now");
+        assert_eq!(run.epoch(), epoch.next(), "seed {seed}, {mode:?}");
+    }
+}
+
+#[test]
+fn the_loss_of_a_spare_moves_no_slot() {
+    for seed in SEEDS {
+        let mut run = Running::new(seed, Job { slots: 3, spares: 1, ..job(4, 1) });
+        let before = run.contributors();
+        let places = run.world.places();
+        let spare = places.into_iter().find(|&place| !before.contains_key(&run.incarnation(place)));
+        run.strike(Fault::KillWorker(spare.expect("there is one")));
+        run.time_to_next_step();
+        assert_eq!(run.contributors(), before, "seed {seed}");
+        run.well_again();
+        assert_eq!(run.contributors(), before, "seed {seed}");
+    }
+}
+
+#[test]
+fn where_states_are_taken_over_a_survivor_without_the_last_step_has_the_state_of_one_that_applied_it() {
+    let mut differed = 0;
+    for seed in SEEDS {
+        let mut run = Running::new(seed, Job { catch_up: CatchUp::State, ..job(3, 1) });
+        let (first, step) = run.split();
+        let others: Vec<Place> = run.world.places().into_iter().filter(|&place| place != first).collect();
+        let epoch = run.epoch().next();
+        run.strike(Fault::KillWorker(others[0]));
+        let survivor = others[1];
+        differed += u32::from(run.state(first, step - 1) != run.state(survivor, step - 1));
+        run.pass_until("the next epoch", |world| world.checks.decisions.contains_key(&epoch));
+        let sources = run.world.checks.decisions[&epoch].resolution.sources.len();
+        run.pass_until("all have the step", |world| {
+            world.sites[survivor.seat].workers[&survivor.child].program.model.applied() >= step
+        });
+        // In the rest it has completed the step itself.
+        if sources == 1 {
+            assert_eq!(run.state(survivor, step), run.state(first, step), "seed {seed}");
+        }
+        run.well_again();
+    }
+    assert_eq!(u64::from(differed), SEEDS.end, "or the test above shows nothing");
+}
+
+#[test]
+fn where_states_are_taken_over_a_newcomer_begins_with_the_whole_state_of_a_member() {
+    for seed in SEEDS {
+        let mut run = Running::new(seed, Job { catch_up: CatchUp::State, ..job(3, 1) });
+        let epoch = run.epoch();
+        let lost = run.world.places()[seed as usize % 3];
+        run.strike(Fault::KillWorker(lost));
+        run.well_again();
+        assert_eq!(
+            run.epoch().0,
+            epoch.0 + 2,
+            "seed {seed}: one epoch without it and one with its successor"
+        );
+        let resolution = run.world.checks.decisions[&run.epoch()].resolution.clone();
+        let (newcomers, members): (Vec<Place>, Vec<Place>) =
+            run.world.places().into_iter().partition(|place| place.seat == lost.seat);
+        let began = run.state(newcomers[0], resolution.applied.0);
+        let sources = members.iter().filter(|&&member| resolution.sources.contains(&run.incarnation(member)));
+        let states: Vec<_> = sources.map(|&member| run.state(member, resolution.applied.0)).collect();
+        assert!(states.contains(&began), "seed {seed}: {began:?} is none of {states:?}");
+        let newest = members.iter().map(|&member| run.applied(member)).min().expect("there are some");
+        let newest = newest.min(run.applied(newcomers[0]));
+        let ends: BTreeSet<_> = run.world.places().iter().map(|&place| run.state(place, newest)).collect();
+        assert_eq!(ends.len(), 3, "seed {seed}: each has an optimizer of its own");
     }
 }

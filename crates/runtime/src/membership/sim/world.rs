@@ -9,13 +9,13 @@ use super::super::launcher::{Child, Launcher, LauncherAction, LauncherEvent};
 use super::super::message::{self, Decision, Envelope, Evidence, FromWorker, Message, Transfer};
 use super::super::mutation::Mutation;
 use super::super::progress::{Progress, Step};
-use super::super::settings::Job;
+use super::super::settings::{CatchUp, Job};
 use super::super::view::{Epoch, Incarnation, Seat, Voter};
 use super::super::worker::{Worker, WorkerAction, WorkerEvent};
 use super::checks::Checks;
 use super::data::{Bytes, Frame, OPS, Program};
 use super::faults::Fault;
-use super::{Checkpoint, Model, ms};
+use super::{Checkpoint, Model, mix, ms};
 
 /// A process, by its place; a later process at the same place has another life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -259,7 +259,11 @@ impl World {
             None => (Progress::START, Model::new(self.job.slots)),
         };
         let (core, actions) = Worker::new(self.job, incarnation, Some(progress), self.now);
-        let program = Program::new(model, self.mutation);
+        let salt = match self.job.catch_up {
+            CatchUp::Results => 0,
+            CatchUp::State => mix((seat as u64) << 40 ^ u64::from(life) << 20 ^ u64::from(place.child.0)),
+        };
+        let program = Program::new(model, self.mutation, salt);
         let core = core.with(self.mutation).with_state_worth(self.state_worth);
         let process =
             WorkerProcess { core, program, frozen: false, held: VecDeque::new(), tick_at: Duration::MAX };
@@ -594,7 +598,7 @@ impl World {
             WorkerAction::Adopt(transfer) => {
                 let Some(process) = self.sites[seat].workers.get_mut(&child) else { return };
                 process.program.adopt(transfer);
-                self.checks.adopted(&process.core, &process.program.model);
+                self.checks.adopted(&process.core, &process.program.model, transfer);
             }
             WorkerAction::Stable(step) => {
                 let Some(process) = self.sites[seat].workers.get_mut(&child) else { return };

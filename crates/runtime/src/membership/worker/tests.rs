@@ -1,6 +1,6 @@
 use super::*;
 use crate::membership::progress::Resolution;
-use crate::membership::settings::{Fence, Timing};
+use crate::membership::settings::{CatchUp, Fence, Timing};
 use crate::membership::view::{Mode, Seat, Voter};
 
 const MS: Duration = Duration::from_millis(1);
@@ -20,11 +20,14 @@ fn decision() -> Decision {
     Decision { view, resolution: Resolution { applied: Step(4), lineage: 7, sources } }
 }
 
+fn job(catch_up: CatchUp) -> Job {
+    let (mode, fence, timing) = (Mode::Slots, Fence::Majority, Timing::default());
+    Job { seats: 1, workers_per_launcher: 4, slots: 3, spares: 0, mode, catch_up, fence, timing }
+}
+
 /// A worker without a state that has just heard of the view, and whom it has asked.
 fn newcomer() -> (Worker, Incarnation) {
-    let (mode, fence, timing) = (Mode::Slots, Fence::Majority, Timing::default());
-    let job = Job { seats: 1, workers_per_launcher: 4, slots: 3, mode, fence, timing };
-    let (mut worker, _) = Worker::new(job, NEWCOMER, None, Duration::ZERO);
+    let (mut worker, _) = Worker::new(job(CatchUp::Results), NEWCOMER, None, Duration::ZERO);
     let asked = asks(worker.handle(Duration::ZERO, WorkerEvent::Launcher(ToWorker::Install(decision()))));
     (worker, asked.expect("it wants the state"))
 }
@@ -63,10 +66,8 @@ fn a_newcomer_asks_the_next_one_when_the_first_says_nothing() {
 
 #[test]
 fn what_a_worker_has_loaded_itself_counts_for_nothing_in_a_job_that_goes_on() {
-    let (mode, fence, timing) = (Mode::Slots, Fence::Majority, Timing::default());
-    let job = Job { seats: 1, workers_per_launcher: 4, slots: 3, mode, fence, timing };
     let loaded = Progress { applied: Step(400), lineage: 3 };
-    let (mut worker, _) = Worker::new(job, NEWCOMER, Some(loaded), Duration::ZERO);
+    let (mut worker, _) = Worker::new(job(CatchUp::Results), NEWCOMER, Some(loaded), Duration::ZERO);
     let said = worker.handle(Duration::ZERO, WorkerEvent::Tick);
     let beat = WorkerAction::Launcher(FromWorker::Beat { stable: Step(0) });
     assert!(said.contains(&beat), "no view of this job is to wait for that step: {said:?}");
@@ -81,8 +82,10 @@ fn what_a_worker_has_loaded_itself_counts_for_nothing_in_a_job_that_goes_on() {
 
 /// A member that has made no step in its view yet, and to which a state is worth so many results.
 fn member(state_worth: u64) -> Worker {
-    let (mode, fence, timing) = (Mode::Slots, Fence::Majority, Timing::default());
-    let job = Job { seats: 1, workers_per_launcher: 4, slots: 3, mode, fence, timing };
+    member_of(job(CatchUp::Results), state_worth)
+}
+
+fn member_of(job: Job, state_worth: u64) -> Worker {
     let state = decision().resolution.state();
     let (worker, _) = Worker::new(job, Incarnation(1), Some(state), Duration::ZERO);
     let mut worker = worker.with_state_worth(state_worth);
@@ -147,6 +150,33 @@ fn a_newcomer_that_says_what_it_has_is_sent_results_until_it_is_near() {
         );
         assert_eq!(said, [enter()]);
     }
+}
+
+#[test]
+fn where_states_are_taken_over_a_newcomer_is_to_enter_at_once_and_a_member_that_is_behind_gets_the_state() {
+    let mut worker = member_of(job(CatchUp::State), 2);
+    let before = worker.progress();
+    assert_eq!(worker.handle(Duration::ZERO, pull(None)), [enter()]);
+    assert_eq!(step(&mut worker), [], "what it were sent now would be of no use");
+    let mut next = decision();
+    next.view.epoch = Epoch(2);
+    next.view.members[2].incarnation = NEWCOMER;
+    let state = worker.progress().expect("a member has a state");
+    next.resolution =
+        Resolution { applied: state.applied, lineage: state.lineage, sources: vec![Incarnation(1)] };
+    worker.handle(Duration::ZERO, WorkerEvent::Launcher(ToWorker::Install(next.clone())));
+    let message = PeerMessage::Fetch { epoch: Epoch(2), have: before };
+    let actions = worker.handle(Duration::ZERO, WorkerEvent::Peer { from: NEWCOMER, message });
+    let transfer = Transfer::State { state };
+    assert!(actions.contains(&WorkerAction::Send { to: NEWCOMER, transfer }), "{actions:?}");
+
+    let (mut outside, _) = Worker::new(job(CatchUp::State), NEWCOMER, None, Duration::ZERO);
+    outside.handle(Duration::ZERO, WorkerEvent::Launcher(ToWorker::Install(decision())));
+    let state = decision().resolution.state();
+    let from = Incarnation(1);
+    outside.handle(MS, WorkerEvent::Received { from, transfer: Transfer::State { state } });
+    let transfer = Transfer::Result { before: state, after: state.after(Epoch(1)) };
+    assert_eq!(outside.handle(MS, WorkerEvent::Received { from, transfer }), [], "a result is not applied");
 }
 
 #[test]
