@@ -499,7 +499,7 @@ impl Shared {
         deadline: Instant,
         waiting: impl Fn(&[u32]),
     ) {
-        let (mut told, mut has_leave) = (None, false);
+        let (mut told, mut has_leave, mut said) = (None, false, None);
         loop {
             let (ready, missing, last_call_ends) = {
                 let mut state = self.lock();
@@ -522,7 +522,10 @@ impl Shared {
                 match self.leave().await {
                     Leave::Granted => has_leave = true,
                     Leave::NotYet(reason) if Instant::now() < deadline => {
-                        tracing::warn!(reason, "the job may not start yet");
+                        if said.as_ref() != Some(&reason) {
+                            tracing::warn!(reason, "the job may not start yet");
+                            said = Some(reason);
+                        }
                         tokio::time::sleep(LEAVE_PAUSE).await;
                     }
                     Leave::NotYet(reason) | Leave::Refused(reason) => {

@@ -141,22 +141,26 @@ mod tests {
     use std::collections::VecDeque;
 
     use paceline_runtime::membership::Decision;
+    use tempfile::TempDir;
 
     use super::super::file::FileLease;
     use super::*;
     use crate::console::Console;
 
-    fn tenure(lease: impl Lease + 'static) -> Tenure {
-        let console = Console::start();
-        Tenure::new(Arc::new(lease), News::new().expect("a descriptor"), Status::new(&console))
+    /// Those of two launchers, of a lease in a folder.
+    fn two_of(folder: &TempDir) -> [Tenure; 2] {
+        [(); 2].map(|()| {
+            let lease = FileLease::open(&folder.path().join("lease"), "job").expect("it can be opened");
+            let news = News::new().expect("a descriptor");
+            Tenure::new(Arc::new(lease), news, Status::new(&Console::start()))
+        })
     }
 
     #[test]
     fn the_later_one_has_it_and_the_first_one_never_again() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("lease");
-        let open = || tenure(FileLease::open(&path, "job").expect("it can be opened"));
-        let (first, second) = (open(), open());
+        let [first, second] = two_of(&folder);
         assert_eq!((first.ask(), first.ask(), first.lost()), (Leave::Granted, Leave::Granted, None));
         assert_eq!(second.ask(), Leave::Granted);
         let reason = format!("another launcher 0 has taken the lease ({})", path.display());
@@ -172,9 +176,7 @@ mod tests {
     #[test]
     fn whoever_has_it_finds_out_that_it_was_taken_and_rings() {
         let folder = tempfile::tempdir().expect("a folder");
-        let path = folder.path().join("lease");
-        let open = || tenure(FileLease::open(&path, "job").expect("it can be opened"));
-        let (first, second) = (open(), open());
+        let [first, second] = two_of(&folder);
         assert_eq!((first.ask(), second.ask()), (Leave::Granted, Leave::Granted));
         let mut bell =
             [rustix::event::PollFd::from_borrowed_fd(first.news.fd(), rustix::event::PollFlags::IN)];
