@@ -31,7 +31,7 @@ fn steps(report: &mut Report) -> Result<suites::Total> {
     report.step("tests with libtorch", Budget::minutes(3.0), tests_with_libtorch)?;
     let of_traces = Budget::minutes(flight_recorder::MINUTES);
     report.step("PyTorch's analyser of traces", of_traces, flight_recorder::tests)?;
-    report.step("tests beside torchrun", Budget::minutes(torchrun::MINUTES), torchrun::tests)?;
+    let total = total.and(torchrun::steps(report)?);
     report.step("tests with NCCL", Budget::minutes(nccl::MINUTES), nccl::tests)?;
     Ok(total.and(suites::root_steps(report)?))
 }

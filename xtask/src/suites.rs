@@ -5,7 +5,7 @@ use crate::process::{self, Watch, cargo};
 use crate::step::{Budget, Report};
 use anyhow::{Result, bail};
 use std::fmt;
-use std::process::ExitStatus;
+use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant};
 
 /// One suite is one test program (a package's unit tests, or one file below tests/), without its compilation.
@@ -41,6 +41,8 @@ pub fn steps(report: &mut Report) -> Result<Total> {
     report.step("test: compile", Budget::minutes(8.0), |limit| {
         process::run(cargo(&["test", "--workspace", "--locked", "--no-run"]), limit)
     })?;
+    // Before the suites: they put the programs that are not broken back in their places.
+    mutant::steps(report)?;
     let mut suites = Suites::default();
     let all = report.step("test: all suites", Budget::minutes(ALL_SUITES_MINUTES), |limit| {
         // One run tells about every failure, not only about the first.
@@ -55,8 +57,7 @@ pub fn steps(report: &mut Report) -> Result<Total> {
         report.note(&name, suite.took, Budget::minutes(SUITE_MINUTES), suite.counts.failed == 0);
     }
     all?;
-    suites.repeat(report)?;
-    mutant::steps(report)?;
+    suites.repeat(report, &cargo(&[]))?;
     report.step("type-check with tch", Budget::minutes(3.0), |limit| {
         process::run(
             cargo(&["check", "--locked", "--package", "paceline-runtime", "--features", "tch-doc-only"]),
@@ -91,25 +92,38 @@ pub fn root_steps(report: &mut Report) -> Result<Total> {
     report.step("tests that need root: compile", Budget::minutes(4.0), |limit| {
         process::run(cargo(&[test.as_slice(), &["--no-run"]].concat()), limit)
     })?;
+    let total = watched(report, "tests that need root", Budget::minutes(ROOT_MINUTES), &|| cargo(&test))?;
+    if total.counts.all() == 0 {
+        bail!("no test ran, and none was skipped");
+    }
+    Ok(total)
+}
+
+/// One run of suites by themselves, as a step with a row for each; `command` is cargo's for all of them.
+///
+/// # Errors
+/// A test has failed twice.
+pub fn watched(
+    report: &mut Report,
+    name: &str,
+    budget: Budget,
+    command: &dyn Fn() -> Command,
+) -> Result<Total> {
     let mut suites = Suites::default();
-    let all = report.step("tests that need root", Budget::minutes(ROOT_MINUTES), |limit| {
-        let status = process::observe(cargo(&test), Watch::Both, limit, &mut |line| {
+    let all = report.step(name, budget, |limit| {
+        let status = process::observe(command(), Watch::Both, limit, &mut |line| {
             suites.read(line, Instant::now());
         })?;
         suites.ended(status)
     });
     for suite in &suites.finished {
         let name = format!("  {} ({})", suite.name, suite.counts);
-        report.note(&name, suite.took, Budget::minutes(ROOT_MINUTES), suite.counts.failed == 0);
+        report.note(&name, suite.took, budget, suite.counts.failed == 0);
     }
     all?;
-    suites.repeat(report)?;
-    if suites.counts().all() == 0 {
-        bail!("no test ran, and none was skipped");
-    }
+    suites.repeat(report, &command())?;
     Ok(Total { counts: suites.counts(), unsteady: suites.failed })
 }
-
 /// The tests of all suites. Shown as a line of its own that readers of CI logs know.
 pub struct Total {
     counts: Counts,
@@ -219,18 +233,23 @@ impl Suites {
         process::must_succeed(status, "cargo test")
     }
 
-    /// Runs the suites that have failed once more.
+    /// Runs the suites that have failed once more, with the environment of the command that ran them.
     ///
     /// # Errors
     /// One of them has failed again.
-    fn repeat(&mut self, report: &mut Report) -> Result<()> {
+    fn repeat(&mut self, report: &mut Report, first: &Command) -> Result<()> {
         for Failed { target, tests } in &self.failed {
             let name = format!("  {target}, run once more after {}", tests.join(", "));
             let target: Vec<&str> = target.split(' ').collect();
             let arguments = [&["test", "--locked", "--workspace"], &target[..]].concat();
-            report.step(&name, Budget::minutes(SUITE_MINUTES), |limit| {
-                process::run(cargo(&arguments), limit)
-            })?;
+            let mut command = cargo(&arguments);
+            for (name, value) in first.get_envs() {
+                match value {
+                    Some(value) => command.env(name, value),
+                    None => command.env_remove(name),
+                };
+            }
+            report.step(&name, Budget::minutes(SUITE_MINUTES), |limit| process::run(command, limit))?;
         }
         for Suite { counts, .. } in &mut self.finished {
             counts.passed += std::mem::take(&mut counts.failed);

@@ -5,7 +5,8 @@
 
 use crate::environment::{self, Recipe};
 use crate::process::{self, Watch, cargo};
-use crate::step::Budget;
+use crate::step::{Budget, Report};
+use crate::suites::{self, Total};
 use crate::{torch, workspace};
 use anyhow::{Context, Result, ensure};
 use std::ffi::OsString;
@@ -33,8 +34,8 @@ const RECIPE: Recipe = Recipe {
     must_work: |_| Ok(()),
 };
 
-/// Without the download, from nothing compiled.
-pub const MINUTES: f64 = 9.0;
+/// Of the tests beside torchrun and of the kills, when the tests of the workspace are compiled.
+const MINUTES: [f64; 2] = [4.0, 5.0];
 
 #[derive(clap::Args)]
 pub struct Options {
@@ -58,23 +59,32 @@ pub fn run(options: &Options) -> Result<()> {
     match (options.measure, options.kills) {
         (Some(times), _) => measure(times),
         (None, Some(times)) => kill(times, options.torchrun_kills.unwrap_or(times)),
-        (None, None) => tests(Budget::minutes(MINUTES).limit()),
+        (None, None) => {
+            let mut report = Report::new("torchrun");
+            let outcome = steps(&mut report);
+            let total = report.close(outcome)?;
+            println!("\n{total}");
+            Ok(())
+        }
     }
 }
 
-/// Runs the tests beside torchrun.
+/// The tests beside torchrun, for a report of their own or as part of a longer one.
 ///
 /// # Errors
 /// See [`run`].
-pub fn tests(limit: Duration) -> Result<()> {
+pub fn steps(report: &mut Report) -> Result<Total> {
     let torchrun = Torchrun::ensure()?;
-    // Three interpreters with PyTorch at a time are enough.
-    for suite in [&["side_by_side"][..], &["recovery", "--", "--test-threads", "1"]] {
+    let of = |suite: &[&str]| {
         let mut command = cargo(&[&["test", "--locked", "--workspace", "--test"], suite].concat());
         command.envs(torchrun.environment());
-        process::run(command, limit)?;
-    }
-    Ok(())
+        command
+    };
+    let [beside, kills] = MINUTES.map(Budget::minutes);
+    let total = suites::watched(report, "tests beside torchrun", beside, &|| of(&["side_by_side"]))?;
+    // Three interpreters with PyTorch at a time are enough.
+    let one_by_one = || of(&["recovery", "--", "--test-threads", "1"]);
+    Ok(total.and(suites::watched(report, "kills under PyTorch", kills, &one_by_one)?))
 }
 
 /// From kill to kill on two busy cores, most of it imports of PyTorch, under three launchers and under two with a lease; under

@@ -43,5 +43,6 @@ for step in range(first, STEPS):
 
 total = loss.detach().clone()
 dist.all_reduce(total)
-print(f"rank {rank} of {world} loss {total.item() / world:.9f}")
+# One write: ranks share the launcher's standard output, and an unbuffered print() writes the end of the line by itself.
+sys.stdout.write(f"rank {rank} of {world} loss {total.item() / world:.9f}\n")
 dist.destroy_process_group()

@@ -270,8 +270,9 @@ const SPEAKER: &str = r#"
 import os, sys
 rank = os.environ["RANK"]
 for fruit in ["apple", "pear"]:
-    print(fruit, rank)
-    print(fruit, rank, file=sys.stderr)
+    # One write each: ranks share the console, and an unbuffered print() writes a line in pieces.
+    sys.stdout.write(f"{fruit} {rank}\n")
+    sys.stderr.write(f"{fruit} {rank}\n")
 "#;
 
 /// The log tree and the lines on the console that have a prefix, or are the program's own, of one run.
