@@ -2,7 +2,7 @@
 
 use crate::process::{self, cargo};
 use crate::step::{Budget, Report};
-use crate::{checks, demo, flight_recorder, instructions, nccl, suites, torch, torchrun};
+use crate::{checks, demo, flight_recorder, instructions, nccl, suites, torch, torchrun, workspace};
 use anyhow::Result;
 use std::time::Duration;
 
@@ -54,9 +54,11 @@ fn clippy(limit: Duration) -> Result<()> {
 
 /// The tests of what the demo runs through; type-checking cannot say whether libtorch does what we think.
 fn tests_with_libtorch(limit: Duration) -> Result<()> {
-    let mut command =
-        cargo(&["test", "--release", "--locked", "--package", "paceline-runtime", "--features", "tch"]);
-    command.args(["--lib", "tch::"]).envs(torch::ensure()?.environment());
+    // The packages of the demo's build, as far as they have no libraries whose tests would be compiled too.
+    let packages =
+        ["--package", "paceline", "--package", "paceline-runtime", "--package", "paceline-examples"];
+    let mut command = cargo(&[["test", "--release", "--locked"].as_slice(), &packages].concat());
+    command.args(workspace::WITH_TCH).args(["--lib", "tch::"]).envs(torch::ensure()?.environment());
     process::run(command, limit)
 }
 

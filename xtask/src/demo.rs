@@ -1,6 +1,6 @@
 //! `cargo xtask demo`: the digits example on several ranks of this machine, as a user would run it.
 
-use crate::process::{self, Watch, cargo};
+use crate::process::{self, Watch};
 use crate::step::{Budget, Report};
 use crate::{system, torch, workspace};
 use anyhow::{Context, Result, bail};
@@ -55,19 +55,13 @@ pub fn steps(options: &Options, report: &mut Report) -> Result<()> {
     let torch = torch.expect("the step succeeded");
     // The target folder of ordinary builds, with which nearly all dependencies are in common.
     let folder = workspace::target();
-    report.step("demo: build", Budget::minutes(10.0), |limit| {
+    report.step("demo: build", Budget::minutes(8.0), |limit| {
         println!("The first build takes 4 to 8 minutes on 2 cores, half of them for libtorch's bindings; later ones take seconds");
-        build(&["--package", "paceline", "--bin", "paceline"], &torch, limit)?;
-        let example = ["--package", "paceline-examples", "--example", "04_digits", "--features", "tch"];
-        build(&example, &torch, limit)
+        let mut command = workspace::release(&["--bin", "paceline", "--example", "04_digits"]);
+        command.args(workspace::WITH_TCH).envs(torch.environment());
+        process::run(command, limit)
     })?;
     report.step("demo: train", Budget::minutes(2.0), |limit| train(&folder, options, &torch, limit))
-}
-
-fn build(what: &[&str], torch: &torch::Torch, limit: Duration) -> Result<()> {
-    let mut command = cargo(&["build", "--release", "--locked"]);
-    command.args(what).envs(torch.environment());
-    process::run(command, limit)
 }
 
 fn train(folder: &Path, options: &Options, torch: &torch::Torch, limit: Duration) -> Result<()> {

@@ -4,10 +4,10 @@
 //! counted is in `benches/src/bin/instructions.rs`, what is expected in `benches/instructions.json`. A count does not
 //! see caches, waits or the kernel: criterion's suites and `paceline bench` are for those.
 
-use crate::process::{self, Watch, cargo};
+use crate::process::{self, Watch};
 use crate::step::{Budget, Report};
 use crate::system::{self, Tool};
-use crate::workspace::{root, target};
+use crate::workspace::{self, root, target};
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Map, Value, json};
 use std::fs;
@@ -55,8 +55,7 @@ pub fn run(options: &Options) -> Result<()> {
 /// See [`run`].
 pub fn steps(options: &Options, report: &mut Report) -> Result<()> {
     report.step("instructions: compile", Budget::minutes(6.0), |limit| {
-        let program = ["--package", "paceline-benches", "--bin", "instructions"];
-        process::run(cargo(&[["build", "--release", "--locked"].as_slice(), &program].concat()), limit)
+        process::run(workspace::release(&["--bin", "instructions"]), limit)
     })?;
     report.step("instructions", Budget::minutes(2.0), |limit| {
         system::ensure(&[VALGRIND])?;

@@ -1,8 +1,10 @@
 //! Where things are in this workspace.
 
+use crate::process::cargo;
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// The folder with the workspace's Cargo.toml.
 pub fn root() -> &'static Path {
@@ -16,6 +18,20 @@ pub fn target() -> PathBuf {
         None => root().join("target"),
     }
 }
+
+/// Cargo's command that builds these targets of ours as users have them. What cargo compiles dependencies with depends on the
+/// packages that it is asked for, and on whether an example is among the targets; asked in these words always, it compiles
+/// nearly all of them, and our own libraries, once.
+pub fn release(targets: &[&str]) -> Command {
+    let mut command = cargo(&["build", "--release", "--locked", "--example", "01_all_reduce"]);
+    let packages = ["paceline", "paceline-runtime", "paceline-examples", "paceline-benches"];
+    packages.iter().for_each(|package| _ = command.args(["--package", package]));
+    command.args(targets);
+    command
+}
+
+/// The features of such a build with which there are tensors of libtorch.
+pub const WITH_TCH: [&str; 2] = ["--features", "paceline-runtime/tch,paceline-examples/tch"];
 
 /// The files below `folders` whose name ends with `.extension`, relative to the root, sorted. Build outputs and hidden
 /// folders are left out. A folder that does not exist holds no files.
