@@ -25,7 +25,7 @@ const PASSES: u64 = 60;
 const SLOW: Duration = Duration::from_millis(30);
 
 /// Elements of the state besides the model's: a copy has several pieces, and its reduction several rounds.
-const BALLAST: usize = 30_000;
+const BALLAST: usize = 60_000;
 
 /// Steps and ranks at which a member dies: rank 0 is the one whose state the job began from, and its launcher's first.
 const PLACES: [(u64, usize); 3] = [(1, 2), (3, 0), (4, 3)];

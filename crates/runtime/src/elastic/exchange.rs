@@ -4,26 +4,24 @@
 //! needs it asks again. Messages do not wait for a transfer to end, and a transfer that is of no use any more ends early.
 
 use std::collections::HashMap;
-use std::fmt;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
-use aws_lc_rs::digest::{Context, SHA256};
 use paceline_transport::tls::{Connection, Endpoint, MessageReceiver, MessageSender};
 use paceline_transport::{Error as TransportError, IoHandle};
-use serde::de::{Error as _, SeqAccess, Visitor};
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
+use xxhash_rust::xxh3::Xxh3;
 
 use super::book::Book;
 use super::pipe::Contact;
 use crate::membership::{Incarnation, MAX_SLOTS, PeerMessage, Slot, Transfer};
 
-/// As many bytes of a transfer as fit into one message.
-const CHUNK_BYTES: usize = 60 * 1024;
+/// A transfer goes in pieces, between which messages may go out: as many bytes as one call of the operating system takes.
+const PIECE_BYTES: usize = 128 * 1024;
 
 /// How many transfers may wait to be sent to one worker. A newcomer that does not keep up asks for the state again.
 pub(super) const QUEUE_LIMIT: usize = 8;
@@ -82,13 +80,14 @@ enum Frame {
         present: Vec<Slot>,
         size: u64,
     },
-    Chunk(Chunk),
+    /// So many bytes of it come next, as they are.
+    Piece {
+        size: u32,
+    },
     End {
-        digest: [u8; 32],
+        digest: u128,
     },
 }
-
-struct Chunk(Vec<u8>);
 
 struct Parcel {
     transfer: Transfer,
@@ -275,7 +274,12 @@ async fn deliver(
 }
 
 async fn post(sender: &mut MessageSender, frame: &Frame) -> Result<(), TransportError> {
-    timeout(SEND_LIMIT, sender.send(frame)).await.map_err(|_| timed_out("a worker to listen", SEND_LIMIT))?
+    post_with(sender, frame, &[]).await
+}
+
+async fn post_with(sender: &mut MessageSender, frame: &Frame, bytes: &[u8]) -> Result<(), TransportError> {
+    let sent = timeout(SEND_LIMIT, sender.send_with_bytes(frame, bytes)).await;
+    sent.map_err(|_| timed_out("a worker to listen", SEND_LIMIT))?
 }
 
 async fn post_transfer(
@@ -289,22 +293,18 @@ async fn post_transfer(
     let bytes = (*parcel.bytes).as_ref();
     let (transfer, present) = (parcel.transfer, parcel.present.clone());
     post(sender, &Frame::Begin { transfer, present, size: bytes.len() as u64 }).await?;
-    let mut digest = Context::new(&SHA256);
-    for chunk in bytes.chunks(CHUNK_BYTES) {
+    let mut digest = Xxh3::new();
+    for piece in bytes.chunks(PIECE_BYTES) {
         while let Ok(message) = messages.try_recv() {
             post(sender, &Frame::Says(message)).await?;
         }
         if parcel.is_cancelled() {
             return Ok(());
         }
-        digest.update(chunk);
-        post(sender, &Frame::Chunk(Chunk(chunk.to_vec()))).await?;
+        digest.update(piece);
+        post_with(sender, &Frame::Piece { size: piece.len() as u32 }, piece).await?;
     }
-    post(sender, &Frame::End { digest: finish(digest) }).await
-}
-
-fn finish(digest: Context) -> [u8; 32] {
-    digest.finish().as_ref().try_into().expect("SHA-256 has 32 bytes")
+    post(sender, &Frame::End { digest: digest.digest128() }).await
 }
 
 fn timed_out(what: &str, elapsed: Duration) -> TransportError {
@@ -324,9 +324,10 @@ struct Reception {
 struct Incoming {
     transfer: Transfer,
     present: Vec<Slot>,
-    size: usize,
     bytes: Vec<u8>,
-    digest: Context,
+    /// How many of them have come, and the digest of those.
+    filled: usize,
+    digest: Xxh3,
 }
 
 async fn accept_all(endpoint: Endpoint, reception: Arc<Reception>) {
@@ -396,17 +397,18 @@ impl Reception {
                     incoming = Some(self.begin(transfer, present, size)?);
                     (self.arrived)(Arrival::Receiving(transfer));
                 }
-                (Frame::Chunk(Chunk(chunk)), Some(mut begun)) => {
-                    if chunk.len() > begun.size - begun.bytes.len() {
-                        return Err(refused("a transfer longer than announced"));
-                    }
-                    begun.digest.update(&chunk);
-                    begun.bytes.extend_from_slice(&chunk);
+                (Frame::Piece { size }, Some(mut begun)) => {
+                    let rest = &mut begun.bytes[begun.filled..];
+                    let piece = usize::try_from(size).ok().and_then(|size| rest.get_mut(..size));
+                    let piece = piece.ok_or_else(|| refused("a transfer longer than announced"))?;
+                    receiver.recv_bytes(piece).await?;
+                    begun.digest.update(piece);
+                    begun.filled += piece.len();
                     (self.arrived)(Arrival::Receiving(begun.transfer));
                     incoming = Some(begun);
                 }
-                (Frame::End { digest }, Some(Incoming { transfer, present, size, bytes, digest: own })) => {
-                    if bytes.len() != size || finish(own) != digest {
+                (Frame::End { digest }, Some(Incoming { transfer, present, bytes, filled, digest: own })) => {
+                    if filled != bytes.len() || own.digest128() != digest {
                         return Err(refused("a transfer that is not what was sent"));
                     }
                     (self.arrived)(Arrival::Received { from, transfer, present, bytes });
@@ -426,48 +428,13 @@ impl Reception {
         if !fits || present.len() > MAX_SLOTS {
             return Err(refused("a transfer of another size than this program's"));
         }
-        let (bytes, digest) = (Vec::with_capacity(size), Context::new(&SHA256));
-        Ok(Incoming { transfer, present, size, bytes, digest })
+        // Of zeros, which need no memory before they are written over.
+        Ok(Incoming { transfer, present, bytes: vec![0; size], filled: 0, digest: Xxh3::new() })
     }
 }
 
 fn refused(reason: &str) -> TransportError {
     TransportError::Usage { reason: reason.to_owned() }
-}
-
-// serde's own encoding of bytes goes one by one.
-impl Serialize for Chunk {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_bytes(&self.0)
-    }
-}
-
-impl<'de> Deserialize<'de> for Chunk {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_byte_buf(ChunkVisitor)
-    }
-}
-
-struct ChunkVisitor;
-
-impl<'de> Visitor<'de> for ChunkVisitor {
-    type Value = Chunk;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("bytes")
-    }
-
-    fn visit_bytes<E: serde::de::Error>(self, bytes: &[u8]) -> Result<Chunk, E> {
-        Ok(Chunk(bytes.to_vec()))
-    }
-
-    fn visit_byte_buf<E: serde::de::Error>(self, bytes: Vec<u8>) -> Result<Chunk, E> {
-        Ok(Chunk(bytes))
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, _: A) -> Result<Chunk, A::Error> {
-        Err(A::Error::custom("bytes are not a sequence"))
-    }
 }
 
 #[cfg(test)]
@@ -577,12 +544,6 @@ mod tests {
         assert!(
             matches!(next, Arrival::Received { transfer, bytes, .. } if transfer == state(2) && bytes == [2; 3])
         );
-    }
-
-    #[test]
-    fn a_chunk_of_the_largest_size_fits_a_message() {
-        let bytes = wire::encode(&Frame::Chunk(Chunk(vec![7; CHUNK_BYTES]))).expect("it fits");
-        assert!(matches!(wire::decode(&bytes), Ok(Frame::Chunk(Chunk(chunk))) if chunk == [7; CHUNK_BYTES]));
     }
 
     proptest! {

@@ -157,6 +157,8 @@ pub struct Worker {
     /// Whom it asks for what it lacks, as an index that goes up, and when it asks the next one.
     source: usize,
     ask_at: Option<Duration>,
+    /// Whom it has asked last from outside: there is a connection between them.
+    asked: Option<Incarnation>,
     /// Whether the one that was asked last has said that it will answer.
     promised: bool,
     beat_at: Duration,
@@ -232,6 +234,7 @@ impl Worker {
             asked_to_enter: None,
             source: me.0 as usize,
             ask_at: None,
+            asked: None,
             promised: false,
             beat_at: now,
             lost_links: BTreeMap::new(),
@@ -412,6 +415,7 @@ impl Worker {
         if view.member(self.me).is_some() {
             self.asked_to_enter = None;
             self.standing = Standing::Behind;
+            self.prefer_whom_it_has_asked();
             self.act(WorkerAction::Open(view));
             self.settle();
             self.serve_early();
@@ -548,6 +552,15 @@ impl Worker {
 
     // ---- catching up ----
 
+    /// Has the next question go to the one that answered the last one from outside, if the view can be asked of it.
+    fn prefer_whom_it_has_asked(&mut self) {
+        let sources = self.decision.iter().flat_map(|decision| &decision.resolution.sources);
+        let asked = self.asked.take();
+        if let Some(place) = sources.copied().position(|source| Some(source) == asked) {
+            self.source = place.wrapping_sub(1);
+        }
+    }
+
     /// Asks the next source, or the same one again if that has said that it will answer: a member that is behind for the
     /// state its view begins with, a newcomer for the next stable one.
     fn ask(&mut self) {
@@ -566,6 +579,7 @@ impl Worker {
             self.source = self.source.wrapping_add(1);
         }
         let to = sources[self.source % sources.len()];
+        self.asked = (!behind).then_some(to);
         let message = if behind { PeerMessage::Fetch { epoch, have } } else { PeerMessage::Pull { have } };
         self.ask_at = Some(self.now + self.job.timing.suspect);
         self.act(WorkerAction::Peer { to, message });

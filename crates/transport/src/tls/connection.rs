@@ -90,6 +90,8 @@ pub struct MessageSender {
     limit: usize,
     /// What is left of a message whose `send` was cancelled.
     unsent: Vec<u8>,
+    /// Whether bytes of the caller's are on their way, of which there is no copy here.
+    lends: bool,
 }
 
 /// The receiving half of a lane of typed messages.
@@ -112,7 +114,7 @@ impl Stream {
 
     /// Both halves of the lane. There must not be others.
     pub(super) fn lane(self: &Arc<Self>, limit: usize) -> (MessageSender, MessageReceiver) {
-        let sender = MessageSender { stream: self.clone(), limit, unsent: Vec::new() };
+        let sender = MessageSender { stream: self.clone(), limit, unsent: Vec::new(), lends: false };
         let receiver =
             MessageReceiver { stream: self.clone(), limit, silence: None, buffer: Vec::new(), filled: 0 };
         (sender, receiver)
@@ -211,11 +213,12 @@ impl Stream {
     }
 
     /// Sends as much of the rest of a message as there is room for, and returns how much.
-    fn try_send(&self, rest: &[u8]) -> Result<usize, Fault> {
+    fn try_send(&self, rest: &[IoSlice<'_>]) -> Result<usize, Fault> {
         let mut state = self.state();
         let State { session, tcp, .. } = &mut *state;
-        let sent = session.send(&mut Socket::Tokio(tcp), &[IoSlice::new(rest)])?;
-        state.within_message = sent < rest.len() && (sent > 0 || state.within_message);
+        let sent = session.send(&mut Socket::Tokio(tcp), rest)?;
+        let all = rest.iter().map(|part| part.len()).sum();
+        state.within_message = sent < all && (sent > 0 || state.within_message);
         Ok(sent)
     }
 
@@ -235,10 +238,17 @@ impl Stream {
         session.flush(&mut Socket::Tokio(tcp))
     }
 
-    fn try_receive(&self, into: &mut [u8]) -> Result<Received, Fault> {
-        let mut state = self.state();
-        let State { session, tcp, .. } = &mut *state;
-        session.receive(&mut Socket::Tokio(tcp), into)
+    /// Receives what there is. That the connection fails is its end, of which everybody is told.
+    fn receive(&self, into: &mut [u8]) -> Result<Received, Error> {
+        self.check()?;
+        let received = {
+            let State { session, tcp, .. } = &mut *self.state();
+            session.receive(&mut Socket::Tokio(tcp), into)
+        };
+        received.map_err(|fault| {
+            self.end(None, fault.in_words());
+            self.gone(&fault.in_words())
+        })
     }
 
     /// Waits until the socket is ready, or there is another one, or perhaps for nothing.
@@ -482,10 +492,42 @@ impl MessageSender {
     /// # Errors
     /// [`Error::Wire`] when the message is over the limit, [`Error::Refused`] when the connection is closed.
     pub async fn send<T: Serialize>(&mut self, message: &T) -> Result<(), Error> {
+        let [len, body] = self.encoded(message)?;
+        self.send_bytes(&[&len, &body]).await
+    }
+
+    /// Sends one message and, behind it, bytes as they are: without a copy, and of any number. The other side takes the message
+    /// with [`recv`](MessageReceiver::recv), which has to say how many bytes there are, and the bytes with
+    /// [`recv_bytes`](MessageReceiver::recv_bytes).
+    ///
+    /// Waits while the other side does not read. Cancelling it breaks the lane: whatever is sent afterwards fails.
+    ///
+    /// # Errors
+    /// As [`send`](MessageSender::send).
+    pub async fn send_with_bytes<T: Serialize>(&mut self, message: &T, bytes: &[u8]) -> Result<(), Error> {
+        let [len, body] = self.encoded(message)?;
+        self.send_unsent().await?;
+        let mut parts = [IoSlice::new(&len), IoSlice::new(&body), IoSlice::new(bytes)];
+        let mut rest = &mut parts[..];
+        self.lends = true;
+        while !rest.is_empty() {
+            self.stream.check()?;
+            match self.stream.try_send(rest).map_err(|fault| self.stream.gone(&fault.in_words()))? {
+                0 => self.stream.ready(Interest::WRITABLE).await?,
+                sent => IoSlice::advance_slices(&mut rest, sent),
+            }
+        }
+        self.stream.flush().await?;
+        self.lends = false;
+        Ok(())
+    }
+
+    /// The message's length as it is sent, and the message.
+    fn encoded<T: Serialize>(&self, message: &T) -> Result<[Vec<u8>; 2], Error> {
         let body = wire::encode(message)?;
         let len = u32::try_from(body.len()).ok().filter(|_| body.len() <= self.limit);
         let len = len.ok_or(WireError::TooLong { len: body.len(), limit: self.limit })?;
-        self.send_bytes(&[&len.to_le_bytes(), &body]).await
+        Ok([len.to_le_bytes().to_vec(), body])
     }
 
     /// Ends the lane in order, and returns when the operating system has all of it; the other side then
@@ -509,9 +551,13 @@ impl MessageSender {
     }
 
     async fn send_unsent(&mut self) -> Result<(), Error> {
+        if self.lends {
+            return Err(self.stream.gone("a message to it was cut off"));
+        }
         while !self.unsent.is_empty() {
             self.stream.check()?;
-            match self.stream.try_send(&self.unsent).map_err(|fault| self.stream.gone(&fault.in_words()))? {
+            let rest = [IoSlice::new(&self.unsent)];
+            match self.stream.try_send(&rest).map_err(|fault| self.stream.gone(&fault.in_words()))? {
                 0 => self.stream.ready(Interest::WRITABLE).await?,
                 sent => drop(self.unsent.drain(..sent)),
             }
@@ -618,6 +664,27 @@ impl MessageReceiver {
         Ok(Some(message))
     }
 
+    /// Receives the bytes behind a message that was sent with [`send_with_bytes`](MessageSender::send_with_bytes). They go
+    /// straight to `into`, which has as many as the message has said. Waits until all are there.
+    ///
+    /// Cancelling it loses bytes: the receiver is of no use then.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] when the connection is closed before the last one, [`Error::Wire`] when the other side has ended the
+    /// lane.
+    pub async fn recv_bytes(&mut self, into: &mut [u8]) -> Result<(), Error> {
+        self.stream.state().session.expect_much();
+        let mut filled = 0;
+        while filled < into.len() {
+            match self.stream.receive(&mut into[filled..])? {
+                Received::Bytes(count) => filled += count,
+                Received::End => return Err(cut_short()),
+                Received::Nothing => self.readable().await?,
+            }
+        }
+        Ok(())
+    }
+
     /// Reads why the other side closes the connection, and returns that as the connection's error.
     async fn closed(&mut self, reason_len: usize) -> Result<Error, Error> {
         let all = PREFIX_BYTES + 1 + reason_len;
@@ -638,15 +705,10 @@ impl MessageReceiver {
             self.buffer.resize(size, 0);
         }
         while self.filled < size {
-            self.stream.check()?;
-            match self.stream.try_receive(&mut self.buffer[self.filled..size]) {
-                Ok(Received::Bytes(count)) => self.filled += count,
-                Ok(Received::End) => return Ok(false),
-                Ok(Received::Nothing) => self.readable().await?,
-                Err(fault) => {
-                    self.stream.end(None, fault.in_words());
-                    return Err(self.stream.gone(&fault.in_words()));
-                }
+            match self.stream.receive(&mut self.buffer[self.filled..size])? {
+                Received::Bytes(count) => self.filled += count,
+                Received::End => return Ok(false),
+                Received::Nothing => self.readable().await?,
             }
         }
         Ok(true)
