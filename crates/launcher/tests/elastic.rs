@@ -21,7 +21,9 @@ use job::{Job, PATIENCE, now_us, trial};
 use paceline_runtime::elastic::{self, End, Program, Stable, Stop, Tensor};
 use paceline_runtime::membership::Mode;
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
-use training::{Model, RANKS, STEPS, check, config, large, number_from, pause, print_times, set_pace, train};
+use training::{
+    COMPUTING, Model, RANKS, STEPS, check, config, large, number_from, pause, print_times, set_pace, train,
+};
 
 fn main() {
     job::main(rank, || {
@@ -72,7 +74,8 @@ fn rank(part: &str, args: &[String]) {
         "late" => late(args),
         "unreachable" => unreachable(args),
         "unreachable-first" => unreachable_first(args),
-        "large" => large(),
+        "large" => large(Duration::ZERO),
+        "computing" => large(COMPUTING),
         other => panic!("no part {other}"),
     }
 }
@@ -521,10 +524,17 @@ impl<'a> Said<'a> {
 /// applied; from the start of the next process to its first contribution; and the longest step of a survivor meanwhile, from the
 /// first one without the victim on. Shrink mode, so that no lost share is computed again; what is left
 /// is detection, the view change, new links and the step itself.
+///
+/// Once with steps that only communicate, with which no newcomer keeps up, and once with some that compute as well.
 fn measure() {
     let kills = number_from("PACELINE_MEASURE_FAULTS").unwrap_or(20);
-    let mut watch = Watch::new(Job::start(RANKS, &["--max-restarts", "1000000"], "large", &[]));
-    watch.until("all were members", |w| w.members == RANKS && w.step > 100);
+    measure_part("large", "", kills, kills.div_ceil(3));
+    measure_part("computing", &format!(", {} ms of computing", COMPUTING.as_millis()), kills, 0);
+}
+
+fn measure_part(part: &str, suffix: &str, kills: u64, stops: u64) {
+    let mut watch = Watch::new(Job::start(RANKS, &["--max-restarts", "1000000"], part, &[]));
+    watch.until("all were members", |w| w.members == RANKS && w.step > 30);
     let applied: Vec<u128> = Said::new(&watch, 0, 0).numbers("applied ").map(|said| said[1]).collect();
     let steps = applied.windows(2).map(|pair| (pair[1] - pair[0]) as f64 / 1e3).collect();
     let mut rng = Rng::with_seed(5);
@@ -543,7 +553,7 @@ fn measure() {
         let survivor = Said::new(&watch, before.saturating_sub(50), (victim + 1) % RANKS);
         held_up.push(survivor.longest_step(survivor.first_step_after(epoch), contributed));
     }
-    for _ in 0..kills.div_ceil(3) {
+    for _ in 0..stops {
         let (victim, epoch) = (rng.usize(0..RANKS), watch.epoch);
         frozen.push(time(&mut watch, victim, Signal::STOP));
         watch.signal(victim, Signal::CONT);
@@ -556,7 +566,9 @@ fn measure() {
         ("start to contribution", joined),
         ("a survivor's longest step meanwhile", held_up),
     ] {
-        print_times(what, times);
+        if !times.is_empty() {
+            print_times(&format!("{what}{suffix}"), times);
+        }
     }
 }
 

@@ -13,14 +13,14 @@ mod training;
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use cluster::{Cluster, Node, RESTART_AFTER, Setup};
 use fastrand::Rng;
 use job::{now_us, trial};
 use paceline_runtime::membership::Mode;
 use rustix::process::Signal;
-use training::{STEPS, large, number_from, pause, print_times, set_pace, train};
+use training::{COMPUTING, STEPS, large, number_from, pause, print_times, set_pace, train};
 
 fn main() {
     job::main(rank, || {
@@ -51,7 +51,8 @@ fn rank(part: &str, args: &[String]) {
     match part {
         "slots" => train(Mode::Slots, args),
         "shrink" => train(Mode::Shrink, args),
-        "large" => large(),
+        "large" => large(Duration::ZERO),
+        "computing" => large(COMPUTING),
         "fixed" => match paceline_runtime::World::join() {
             Ok(_) => println!("a world"),
             Err(error) => println!("no world: {error}"),
@@ -262,10 +263,15 @@ fn went_on(node: &Node, epoch: u64) -> Option<u128> {
 }
 
 /// From SIGKILL of a launcher, that of the lowest seat, which leads, and others in turn, to the next step that all three
-/// other ranks have applied. Shrink mode, as for the ranks of one machine.
+/// other ranks have applied. Shrink mode, as for the ranks of one machine, and as there once with steps that compute.
 fn measure() {
     let kills = number_from("PACELINE_MEASURE_FAULTS").unwrap_or(20);
-    let mut cluster = start("large", "1:4", 0, &[]);
+    measure_part("large", "", kills);
+    measure_part("computing", &format!(", {} ms of computing", COMPUTING.as_millis()), kills);
+}
+
+fn measure_part(part: &'static str, suffix: &str, kills: u64) {
+    let mut cluster = start(part, "1:4", 0, &[]);
     cluster.until("all were members", |cluster| cluster.is_whole() && cluster.step > 10);
     let mut rng = Rng::with_seed(5);
     let (mut leader, mut others) = (Vec::new(), Vec::new());
@@ -285,6 +291,6 @@ fn measure() {
             node.applied.clear();
         }
     }
-    print_times("SIGKILL of the leader's launcher", leader);
-    print_times("SIGKILL of another launcher", others);
+    print_times(&format!("SIGKILL of the leader's launcher{suffix}"), leader);
+    print_times(&format!("SIGKILL of another launcher{suffix}"), others);
 }

@@ -199,6 +199,64 @@ fn a_lane_that_is_finished_ends_behind_its_last_message() {
 }
 
 #[test]
+fn bytes_behind_a_message_arrive_whole_and_between_messages() {
+    let server = Server::start("bytes");
+    let client = bind_tls(&server.io, &identity(&server.authority, "client"));
+    let dialled = server.dial(&client, "server").expect("a member gets in");
+    let accepted = server.accept();
+    // None, one, a record and one more, and more than sockets and buffers hold.
+    let sizes = [0, 1, 16_385, 9_000_000];
+    let talk = async move {
+        let (mut to, _back) = accepted.open_messages().await?;
+        let (_, mut from) = dialled.accept_messages().await?;
+        let send = async {
+            for size in sizes {
+                to.send_with_bytes(&size, &pattern(size as u64, size)).await?;
+                to.send(&(size + 1)).await?;
+            }
+            to.finish().await
+        };
+        let receive = async {
+            for size in sizes {
+                assert_eq!(from.recv().await?, Some(size));
+                let mut bytes = vec![0; size];
+                from.recv_bytes(&mut bytes).await?;
+                assert!(bytes == pattern(size as u64, size), "{size} bytes");
+                assert_eq!(from.recv().await?, Some(size + 1));
+            }
+            from.recv_bytes(&mut [0]).await
+        };
+        let (sent, received) = tokio::join!(send, receive);
+        sent.map(|()| received)
+    };
+    let after_the_end = server.io.handle().block_on(talk).expect("io runs").expect("all is sent");
+    assert!(matches!(after_the_end, Err(Error::Wire(_))), "{after_the_end:?}");
+}
+
+#[test]
+fn a_lane_is_of_no_use_after_bytes_that_were_cut_off() {
+    let server = Server::start("cut-off");
+    let client = bind_tls(&server.io, &identity(&server.authority, "client"));
+    let dialled = server.dial(&client, "server").expect("a member gets in");
+    let accepted = server.accept();
+    let talk = async move {
+        let (mut to, _back) = accepted.open_messages().await?;
+        let (_forth, mut from) = dialled.accept_messages().await?;
+        let bytes = vec![7; 64 << 20];
+        let sent = tokio::time::timeout(Duration::from_millis(50), to.send_with_bytes(&1_u64, &bytes)).await;
+        assert!(sent.is_err(), "nobody reads");
+        let again = to.send(&2_u64).await.expect_err("the other side would take it for the rest");
+        drop((to, _back, accepted));
+        assert_eq!(from.recv::<u64>().await?, Some(1));
+        let rest = from.recv_bytes(&mut vec![0; bytes.len()]).await;
+        Ok::<_, Error>((again, rest))
+    };
+    let (again, rest) = server.io.handle().block_on(talk).expect("io runs").expect("both are there");
+    assert!(again.to_string().contains("was cut off"), "{again}");
+    assert!(rest.is_err(), "the rest is missing");
+}
+
+#[test]
 fn a_client_without_a_certificate_is_refused_and_told_and_logged() {
     let server = Server::start("no-cert");
     let trusts = server.endpoint.identity();

@@ -11,6 +11,7 @@ use fastrand::Rng;
 use paceline_runtime::digest::Digest;
 use paceline_runtime::elastic::{self, Config, End, Program, Stable, Tensor};
 use paceline_runtime::membership::Mode;
+use rustix::time::{ClockId, clock_gettime};
 
 use crate::job::now_us;
 
@@ -160,11 +161,15 @@ pub fn check_of(ranks: usize, complete: &[&str], mode: Mode, passes: u64) {
 
 // ---- measuring ----
 
+/// What a step of the part `computing` computes on each rank.
+pub const COMPUTING: Duration = Duration::from_millis(100);
+
 /// 25 MiB of f32.
 const LARGE: usize = 25 * 1024 * 1024 / 4;
 
 struct Large {
     weights: Vec<f32>,
+    computing: Duration,
 }
 
 impl Program for Large {
@@ -179,6 +184,10 @@ impl Program for Large {
     }
 
     fn gradient(&mut self, samples: &[usize], gradient: &mut [f32]) -> f64 {
+        let until = time_on_processor() + self.computing;
+        while time_on_processor() < until {
+            std::hint::spin_loop();
+        }
         gradient[0] = samples[0] as f32;
         0.0
     }
@@ -195,11 +204,17 @@ impl Program for Large {
     }
 }
 
-/// Trains until it is killed, and says when it has applied each step.
-pub fn large() {
+/// How long this thread has run, which is less than the time that passes where processors are few.
+fn time_on_processor() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+/// Trains until it is killed, with so much computing in each step, and says when it has applied each step.
+pub fn large(computing: Duration) {
     let mut config = Config::new(1_000_000, 1);
     config.mode = Mode::Shrink;
-    let end = elastic::train(&config, &mut Large { weights: vec![0.0; LARGE] });
+    let end = elastic::train(&config, &mut Large { weights: vec![0.0; LARGE], computing });
     println!("{end:?}");
 }
 
