@@ -9,8 +9,11 @@ use super::progress::{Progress, Report, Step};
 use super::settings::{CatchUp, Job};
 use super::view::{Epoch, Incarnation, MAX_WORKERS, Member, Slot, View};
 
+mod newcomers;
 #[cfg(test)]
 mod tests;
+
+use newcomers::Follower;
 
 /// What a worker hears.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -144,6 +147,9 @@ pub struct Worker {
     /// The state before `current`, as long as the result between them is kept.
     previous: Option<Progress>,
     stable: Step,
+    /// When the present step began, and how long the one before took.
+    step_began: Duration,
+    step_took: Duration,
     /// The slots whose inputs of the next step are kept, and those that are being computed.
     submitted: BTreeSet<Slot>,
     computing: BTreeSet<Slot>,
@@ -174,24 +180,6 @@ pub struct Worker {
     mutation: Mutation,
     actions: Vec<WorkerAction>,
 }
-
-/// A newcomer that is sent stable steps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Follower {
-    /// The last state sent to it, or that it had when it came.
-    sent: Option<Progress>,
-    /// The last step that it has said it has; until it says so, that of the whole state that it was sent.
-    has: Step,
-    since: Duration,
-    /// It does not keep up: more results than a state is worth were on their way to it; or it is to apply none. It is sent
-    /// nothing any more, enters with what it has, and fetches a whole state while the others wait, which is one transfer
-    /// however far behind it is.
-    late: bool,
-}
-
-/// After how many times [`Timing::suspect`](super::Timing::suspect) a newcomer counts as late that has kept up without
-/// coming within a step.
-const FOLLOWING_LIMIT: u32 = 4;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Standing {
@@ -226,6 +214,8 @@ impl Worker {
             own: state,
             previous: None,
             stable: state.map_or(Step(0), |progress| progress.applied),
+            step_began: now,
+            step_took: Duration::ZERO,
             submitted: BTreeSet::new(),
             computing: BTreeSet::new(),
             running: false,
@@ -450,6 +440,7 @@ impl Worker {
         let skips = self.holder && self.mutation == Mutation::SkipSync;
         if self.current == Some(target) || skips {
             self.standing = Standing::Going;
+            self.step_began = self.now;
             self.holder = true;
             for (from, have) in std::mem::take(&mut self.pulls) {
                 self.on_pull(from, have);
@@ -535,6 +526,7 @@ impl Worker {
     fn on_reduced(&mut self, epoch: Epoch, step: Step) {
         let Some(before) = self.runs(epoch, step) else { return };
         self.running = false;
+        (self.step_took, self.step_began) = (self.now - self.step_began, self.now);
         self.move_to(Some(before), before.after(epoch));
         self.act(WorkerAction::Apply(step));
         if self.mutation == Mutation::ExternaliseApplied {
@@ -630,12 +622,7 @@ impl Worker {
                 }
                 _ => {}
             },
-            PeerMessage::Pulled { have } => {
-                if let Some(follower) = self.followers.get_mut(&from) {
-                    follower.has = follower.has.max(have.applied);
-                    self.welcome(from, Some(have));
-                }
-            }
+            PeerMessage::Pulled { have } => self.on_pulled(from, have),
             PeerMessage::Enter { epoch } => self.on_enter(epoch),
             PeerMessage::Soon if self.ask_at.is_some() => {
                 self.promised = true;
@@ -645,74 +632,11 @@ impl Worker {
         }
     }
 
-    fn on_pull(&mut self, from: Incarnation, have: Option<Progress>) {
-        if !self.is_newcomer(from) {
-            return;
-        }
-        let sent = have.filter(|_| self.is_near(have));
-        let has = sent.map_or(Step(0), |state| state.applied);
-        let known = self.followers.get(&from);
-        let (since, late) = known.map_or((self.now, !self.replays()), |known| (known.since, known.late));
-        self.followers.insert(from, Follower { sent, has, since, late });
-        if sent.is_none() && !late {
-            self.act(WorkerAction::Peer { to: from, message: PeerMessage::Soon });
-        }
-        self.welcome(from, have);
-    }
-
     fn on_enter(&mut self, epoch: Epoch) {
         let enters = self.standing == Standing::Outside && !self.leaving;
         if enters && epoch == self.epoch() {
             self.asked_to_enter = Some(epoch);
             self.act(WorkerAction::Launcher(FromWorker::Ready { epoch }));
-        }
-    }
-
-    fn is_newcomer(&self, from: Incarnation) -> bool {
-        let outside = self.decision.as_ref().is_some_and(|decision| decision.view.member(from).is_none());
-        outside && (self.followers.len() < MAX_WORKERS || self.followers.contains_key(&from))
-    }
-
-    fn is_near(&self, have: Option<Progress>) -> bool {
-        have.is_some() && (have == self.current || have == self.previous)
-    }
-
-    /// Has a newcomer enter that is a step behind at most, or that would not come so far.
-    fn welcome(&mut self, newcomer: Incarnation, have: Option<Progress>) {
-        let limit = self.job.timing.suspect * FOLLOWING_LIMIT;
-        let late =
-            |follower: &Follower| follower.late || have.is_some() && self.now >= follower.since + limit;
-        if self.is_near(have) || self.followers.get(&newcomer).is_some_and(late) {
-            let message = PeerMessage::Enter { epoch: self.epoch() };
-            self.act(WorkerAction::Peer { to: newcomer, message });
-        }
-    }
-
-    fn serve_followers(&mut self, state: Progress) {
-        let previous = self.previous;
-        for (to, mut follower) in std::mem::take(&mut self.followers) {
-            let was_late = follower.late;
-            let sent = follower.sent.replace(state);
-            let transfer = match (sent, previous) {
-                _ if follower.late || sent == Some(state) => None,
-                (Some(_), _) if state.applied.0.saturating_sub(follower.has.0) > self.state_worth => {
-                    follower.late = true;
-                    None
-                }
-                (Some(sent), Some(before)) if sent == before => {
-                    Some(Transfer::Result { before, after: state })
-                }
-                _ => {
-                    follower.has = state.applied;
-                    Some(Transfer::State { state })
-                }
-            };
-            self.followers.insert(to, follower);
-            match transfer {
-                Some(transfer) => self.act(WorkerAction::Send { to, transfer }),
-                None if follower.late && !was_late => self.welcome(to, None),
-                None => {}
-            }
         }
     }
 

@@ -95,11 +95,15 @@ fn member_of(job: Job, state_worth: u64) -> Worker {
 
 /// What it sends and says to the newcomer in the next step, in which the state before it becomes stable.
 fn step(worker: &mut Worker) -> Vec<WorkerAction> {
+    step_at(worker, Duration::ZERO)
+}
+
+fn step_at(worker: &mut Worker, now: Duration) -> Vec<WorkerAction> {
     let from = worker.progress().expect("a member has a state");
     let (epoch, step) = (Epoch(1), from.applied.next());
-    worker.handle(Duration::ZERO, WorkerEvent::Submitted { from, slots: vec![0] });
-    let actions = worker.handle(Duration::ZERO, WorkerEvent::FirstReduced { epoch, step });
-    worker.handle(Duration::ZERO, WorkerEvent::Reduced { epoch, step });
+    worker.handle(now, WorkerEvent::Submitted { from, slots: vec![0] });
+    let actions = worker.handle(now, WorkerEvent::FirstReduced { epoch, step });
+    worker.handle(now, WorkerEvent::Reduced { epoch, step });
     let to_newcomer = |action: &WorkerAction| matches!(action, WorkerAction::Send { to, .. } | WorkerAction::Peer { to, .. } if *to == NEWCOMER);
     actions.into_iter().filter(to_newcomer).collect()
 }
@@ -150,6 +154,51 @@ fn a_newcomer_that_says_what_it_has_is_sent_results_until_it_is_near() {
         );
         assert_eq!(said, [enter()]);
     }
+}
+
+/// A member that has just made a step, for which it took 100 ms, at that time.
+fn member_with_long_steps(catch_up: CatchUp) -> (Worker, Duration) {
+    let mut worker = member_of(job(catch_up), 2);
+    for round in 1..=3 {
+        step_at(&mut worker, 100 * round * MS);
+    }
+    (worker, 300 * MS)
+}
+
+#[test]
+fn a_newcomer_that_is_near_in_the_middle_of_a_step_enters_with_the_beginning_of_the_next_one() {
+    let (mut worker, at) = member_with_long_steps(CatchUp::Results);
+    worker.handle(at, pull(None));
+    let mut at = at + 100 * MS;
+    assert!(has_state(&step_at(&mut worker, at)));
+    let pulled = |worker: &mut Worker, at| {
+        let message = PeerMessage::Pulled { have: worker.previous.expect("a step was made") };
+        worker.handle(at, WorkerEvent::Peer { from: NEWCOMER, message })
+    };
+    assert_eq!(
+        pulled(&mut worker, at + 60 * MS),
+        [],
+        "the others would wait for all that it still has to compute"
+    );
+    at += 100 * MS;
+    assert!(has_result(&step_at(&mut worker, at)));
+    assert_eq!(pulled(&mut worker, at + 60 * MS), [enter()], "it would never be there sooner");
+    at += 100 * MS;
+    assert!(has_result(&step_at(&mut worker, at)));
+    assert_eq!(pulled(&mut worker, at + 20 * MS), [enter()], "the step has just begun");
+}
+
+#[test]
+fn a_newcomer_that_is_sent_nothing_enters_with_the_beginning_of_the_next_step() {
+    let (mut worker, at) = member_with_long_steps(CatchUp::State);
+    assert_eq!(worker.handle(at + 60 * MS, pull(None)), []);
+    assert_eq!(step_at(&mut worker, at + 100 * MS), [enter()]);
+    assert_eq!(step_at(&mut worker, at + 200 * MS), [], "it has been told");
+
+    let (mut worker, at) = member_with_long_steps(CatchUp::Results);
+    let have = worker.progress();
+    assert_eq!(worker.handle(at + 60 * MS, pull(have)), [], "one that comes back, and lacks nothing");
+    assert_eq!(step_at(&mut worker, at + 100 * MS), [enter()]);
 }
 
 #[test]

@@ -1,0 +1,123 @@
+//! What a member does for newcomers: it sends them stable steps, and says when they are to enter.
+
+use std::time::Duration;
+
+use super::{Worker, WorkerAction};
+use crate::membership::message::{PeerMessage, Transfer};
+use crate::membership::progress::{Progress, Step};
+use crate::membership::view::{Incarnation, MAX_WORKERS};
+
+/// A newcomer that is sent stable steps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Follower {
+    /// The last state sent to it, or that it had when it came.
+    sent: Option<Progress>,
+    /// The last step that it has said it has; until it says so, that of the whole state that it was sent.
+    has: Step,
+    since: Duration,
+    /// It does not keep up: more results than a state is worth were on their way to it; or it is to apply none. It is sent
+    /// nothing any more, enters with what it has, and fetches a whole state while the others wait, which is one transfer
+    /// however far behind it is.
+    late: bool,
+    /// It is to enter when the next step has begun.
+    due: bool,
+}
+
+/// After how many times [`Timing::suspect`](crate::membership::Timing::suspect) a newcomer counts as late that has kept up
+/// without coming within a step.
+const FOLLOWING_LIMIT: u32 = 4;
+
+/// Which part of a step is its beginning. Whoever enters has still to compute, and the others wait for it: later than that, it
+/// had better come with the next step.
+const BEGINNING: u32 = 4;
+
+impl Worker {
+    pub(super) fn on_pull(&mut self, from: Incarnation, have: Option<Progress>) {
+        if !self.is_newcomer(from) {
+            return;
+        }
+        let sent = have.filter(|_| self.is_near(have));
+        let has = sent.map_or(Step(0), |state| state.applied);
+        let (since, late) = (self.now, !self.replays());
+        let fresh = Follower { sent: None, has, since, late, due: false };
+        let follower = self.followers.entry(from).or_insert(fresh);
+        (follower.sent, follower.has) = (sent, has);
+        if sent.is_none() && !follower.late {
+            self.act(WorkerAction::Peer { to: from, message: PeerMessage::Soon });
+        }
+        self.welcome(from, have);
+    }
+
+    pub(super) fn on_pulled(&mut self, from: Incarnation, have: Progress) {
+        if let Some(follower) = self.followers.get_mut(&from) {
+            follower.has = follower.has.max(have.applied);
+            self.welcome(from, Some(have));
+        }
+    }
+
+    fn is_newcomer(&self, from: Incarnation) -> bool {
+        let outside = self.decision.as_ref().is_some_and(|decision| decision.view.member(from).is_none());
+        outside && (self.followers.len() < MAX_WORKERS || self.followers.contains_key(&from))
+    }
+
+    fn is_near(&self, have: Option<Progress>) -> bool {
+        have.is_some() && (have == self.current || have == self.previous)
+    }
+
+    /// Whether the present step has just begun, as far as steps take as long as the one before.
+    fn is_at_the_beginning(&self) -> bool {
+        self.step_took.is_zero() || self.now - self.step_began <= self.step_took / BEGINNING
+    }
+
+    /// Has a newcomer enter that is a step behind at most, or that would not come so far; in the beginning of a step.
+    fn welcome(&mut self, newcomer: Incarnation, have: Option<Progress>) {
+        let limit = self.job.timing.suspect * FOLLOWING_LIMIT;
+        let (is_near, is_at_the_beginning) = (self.is_near(have), self.is_at_the_beginning());
+        let Some(follower) = self.followers.get_mut(&newcomer) else { return };
+        let is_late = follower.late || have.is_some() && self.now >= follower.since + limit;
+        if is_near || is_late {
+            let enters = is_at_the_beginning || follower.due;
+            follower.due = !enters;
+            if enters {
+                self.have_enter(newcomer);
+            }
+        }
+    }
+
+    fn have_enter(&mut self, newcomer: Incarnation) {
+        let message = PeerMessage::Enter { epoch: self.epoch() };
+        self.act(WorkerAction::Peer { to: newcomer, message });
+    }
+
+    /// A step has become stable, and with that the next one begins.
+    pub(super) fn serve_followers(&mut self, state: Progress) {
+        let previous = self.previous;
+        for (to, mut follower) in std::mem::take(&mut self.followers) {
+            let was_late = follower.late;
+            let sent = follower.sent.replace(state);
+            let transfer = match (sent, previous) {
+                _ if follower.late || sent == Some(state) => None,
+                (Some(_), _) if state.applied.0.saturating_sub(follower.has.0) > self.state_worth => {
+                    follower.late = true;
+                    None
+                }
+                (Some(sent), Some(before)) if sent == before => {
+                    Some(Transfer::Result { before, after: state })
+                }
+                _ => {
+                    follower.has = state.applied;
+                    Some(Transfer::State { state })
+                }
+            };
+            // Whoever is sent something says when it has that.
+            let enters = transfer.is_none() && (follower.due || follower.late && !was_late);
+            follower.due &= !enters;
+            self.followers.insert(to, follower);
+            match transfer {
+                Some(transfer) => self.act(WorkerAction::Send { to, transfer }),
+                None if enters => self.have_enter(to),
+                None => {}
+            }
+        }
+    }
+}
