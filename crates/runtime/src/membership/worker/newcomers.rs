@@ -27,8 +27,8 @@ pub(super) struct Follower {
 /// without coming within a step.
 const FOLLOWING_LIMIT: u32 = 4;
 
-/// Which part of a step is its beginning. Whoever enters has still to compute, and the others wait for it: later than that, it
-/// had better come with the next step.
+/// Which part of a step is its beginning. Whoever enters has still to compute, and the others wait for it: later than that, one
+/// that could enter at any time had better come with the next step.
 const BEGINNING: u32 = 4;
 
 impl Worker {
@@ -40,19 +40,33 @@ impl Worker {
         let has = sent.map_or(Step(0), |state| state.applied);
         let (since, late) = (self.now, !self.replays());
         let fresh = Follower { sent: None, has, since, late, due: false };
+        let (is_near, begins) = (self.is_near(have), self.is_at_the_beginning());
+        let limit = self.following_limit();
         let follower = self.followers.entry(from).or_insert(fresh);
         (follower.sent, follower.has) = (sent, has);
-        if sent.is_none() && !follower.late {
+        let is_late = follower.late || have.is_some() && self.now >= follower.since + limit;
+        let may_enter = is_near || is_late;
+        follower.due = may_enter && !begins;
+        if may_enter && begins {
+            self.have_enter(from);
+        } else {
             self.act(WorkerAction::Peer { to: from, message: PeerMessage::Soon });
         }
-        self.welcome(from, have);
     }
 
+    /// It has what it was sent when the present step began: there is nothing to wait for, unless it lacks more than that.
     pub(super) fn on_pulled(&mut self, from: Incarnation, have: Progress) {
-        if let Some(follower) = self.followers.get_mut(&from) {
-            follower.has = follower.has.max(have.applied);
-            self.welcome(from, Some(have));
+        let (is_near, limit) = (self.is_near(Some(have)), self.following_limit());
+        let Some(follower) = self.followers.get_mut(&from) else { return };
+        follower.has = follower.has.max(have.applied);
+        if is_near || follower.late || self.now >= follower.since + limit {
+            follower.due = false;
+            self.have_enter(from);
         }
+    }
+
+    fn following_limit(&self) -> Duration {
+        self.job.timing.suspect * FOLLOWING_LIMIT
     }
 
     fn is_newcomer(&self, from: Incarnation) -> bool {
@@ -67,21 +81,6 @@ impl Worker {
     /// Whether the present step has just begun, as far as steps take as long as the one before.
     fn is_at_the_beginning(&self) -> bool {
         self.step_took.is_zero() || self.now - self.step_began <= self.step_took / BEGINNING
-    }
-
-    /// Has a newcomer enter that is a step behind at most, or that would not come so far; in the beginning of a step.
-    fn welcome(&mut self, newcomer: Incarnation, have: Option<Progress>) {
-        let limit = self.job.timing.suspect * FOLLOWING_LIMIT;
-        let (is_near, is_at_the_beginning) = (self.is_near(have), self.is_at_the_beginning());
-        let Some(follower) = self.followers.get_mut(&newcomer) else { return };
-        let is_late = follower.late || have.is_some() && self.now >= follower.since + limit;
-        if is_near || is_late {
-            let enters = is_at_the_beginning || follower.due;
-            follower.due = !enters;
-            if enters {
-                self.have_enter(newcomer);
-            }
-        }
     }
 
     fn have_enter(&mut self, newcomer: Incarnation) {

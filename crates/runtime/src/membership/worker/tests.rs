@@ -116,6 +116,10 @@ fn enter() -> WorkerAction {
     WorkerAction::Peer { to: NEWCOMER, message: PeerMessage::Enter { epoch: Epoch(1) } }
 }
 
+fn is_promised() -> WorkerAction {
+    WorkerAction::Peer { to: NEWCOMER, message: PeerMessage::Soon }
+}
+
 fn has_state(actions: &[WorkerAction]) -> bool {
     matches!(actions, [WorkerAction::Send { transfer: Transfer::State { .. }, .. }])
 }
@@ -166,39 +170,28 @@ fn member_with_long_steps(catch_up: CatchUp) -> (Worker, Duration) {
 }
 
 #[test]
-fn a_newcomer_that_is_near_in_the_middle_of_a_step_enters_with_the_beginning_of_the_next_one() {
-    let (mut worker, at) = member_with_long_steps(CatchUp::Results);
-    worker.handle(at, pull(None));
-    let mut at = at + 100 * MS;
-    assert!(has_state(&step_at(&mut worker, at)));
-    let pulled = |worker: &mut Worker, at| {
-        let message = PeerMessage::Pulled { have: worker.previous.expect("a step was made") };
-        worker.handle(at, WorkerEvent::Peer { from: NEWCOMER, message })
-    };
-    assert_eq!(
-        pulled(&mut worker, at + 60 * MS),
-        [],
-        "the others would wait for all that it still has to compute"
-    );
-    at += 100 * MS;
-    assert!(has_result(&step_at(&mut worker, at)));
-    assert_eq!(pulled(&mut worker, at + 60 * MS), [enter()], "it would never be there sooner");
-    at += 100 * MS;
-    assert!(has_result(&step_at(&mut worker, at)));
-    assert_eq!(pulled(&mut worker, at + 20 * MS), [enter()], "the step has just begun");
-}
-
-#[test]
 fn a_newcomer_that_is_sent_nothing_enters_with_the_beginning_of_the_next_step() {
     let (mut worker, at) = member_with_long_steps(CatchUp::State);
-    assert_eq!(worker.handle(at + 60 * MS, pull(None)), []);
+    assert_eq!(worker.handle(at + 60 * MS, pull(None)), [is_promised()]);
     assert_eq!(step_at(&mut worker, at + 100 * MS), [enter()]);
     assert_eq!(step_at(&mut worker, at + 200 * MS), [], "it has been told");
 
     let (mut worker, at) = member_with_long_steps(CatchUp::Results);
     let have = worker.progress();
-    assert_eq!(worker.handle(at + 60 * MS, pull(have)), [], "one that comes back, and lacks nothing");
+    assert_eq!(
+        worker.handle(at + 60 * MS, pull(have)),
+        [is_promised()],
+        "one that comes back, and lacks nothing"
+    );
     assert_eq!(step_at(&mut worker, at + 100 * MS), [enter()]);
+    assert_eq!(worker.handle(at + 110 * MS, pull(worker.progress())), [enter()], "the step has just begun");
+
+    let (mut worker, at) = member_with_long_steps(CatchUp::Results);
+    worker.handle(at + 10 * MS, pull(None));
+    assert!(has_state(&step_at(&mut worker, at + 100 * MS)));
+    let message = PeerMessage::Pulled { have: worker.previous.expect("a step was made") };
+    let said = worker.handle(at + 160 * MS, WorkerEvent::Peer { from: NEWCOMER, message });
+    assert_eq!(said, [enter()], "with the next result it would be as late");
 }
 
 #[test]
