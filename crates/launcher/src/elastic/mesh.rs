@@ -50,6 +50,10 @@ const SILENT_INTERVALS: u32 = 4;
 /// How long a host may take to say whether anybody listens at an address of its own.
 const KNOCK_LIMIT: Duration = Duration::from_millis(300);
 
+/// After which pauses it is asked: a process that was killed closes its connections and its port one after the other, so that
+/// somebody may still seem to listen.
+const KNOCKS: [Duration; 3] = [Duration::ZERO, Duration::from_millis(10), Duration::from_millis(50)];
+
 /// Told to somebody who is no launcher.
 const NOT_A_LAUNCHER: &str = "the job's number of nodes may change, and its programs are to train with \
                               paceline_runtime::elastic; give --nnodes one number for others, or \
@@ -395,10 +399,22 @@ async fn reach_once(
         }
     };
     drop(connection);
-    let knocked = timeout(KNOCK_LIMIT, TcpStream::connect(addr)).await;
-    let gone = matches!(knocked, Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused);
-    shared.tell(node, if gone { Heard::Gone } else { Heard::Lost });
+    shared.tell(node, if is_gone(addr).await { Heard::Gone } else { Heard::Lost });
     ended.and(Err(TransportError::Usage { reason: "it closed the connection".to_owned() }))
+}
+
+/// Whether nobody listens there any more, as far as the host says.
+async fn is_gone(addr: SocketAddr) -> bool {
+    for pause in KNOCKS {
+        sleep(pause).await;
+        match timeout(KNOCK_LIMIT, TcpStream::connect(addr)).await {
+            Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => return true,
+            Ok(Ok(_)) => {}
+            // The host says nothing.
+            _ => return false,
+        }
+    }
+    false
 }
 
 fn silent(node: u32, elapsed: Duration) -> TransportError {
