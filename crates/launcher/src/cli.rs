@@ -895,7 +895,8 @@ fn in_one_line(error: &clap::Error, args: &[OsString]) -> String {
         ErrorKind::UnknownArgument => {
             let flag = context(ContextKind::InvalidArg).unwrap_or_default();
             match context(ContextKind::SuggestedArg) {
-                Some(near) => format!("unknown flag {flag}; did you mean {near}?"),
+                // torchrun's other way of writing flags is understood, and not advised.
+                Some(near) => format!("unknown flag {flag}; did you mean {}?", near.replace('_', "-")),
                 None => format!("unknown flag {flag}; see paceline {subcommand} --help"),
             }
         }

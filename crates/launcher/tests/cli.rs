@@ -212,6 +212,10 @@ fn bad_flags_are_refused_in_one_line() {
         (&["run", "--hosts", "4", "--", "true"], &format!("unknown flag --hosts; {help}")),
         (&["run", "--grade", "4", "--", "true"], "unknown flag --grade; did you mean --grace?"),
         (
+            &["run", "--secret-file", "f", "--", "true"],
+            "unknown flag --secret-file; did you mean --job-secret?",
+        ),
+        (
             &["run", "--rdzv-endpoint", "nonsense:", "--", "true"],
             &format!("invalid value 'nonsense:' {endpoint}"),
         ),
