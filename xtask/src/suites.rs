@@ -26,7 +26,15 @@ const ROOT_MINUTES: f64 = 10.0;
 /// # Errors
 /// A test fails, or a mutant is not noticed.
 pub fn run() -> Result<()> {
-    let mut report = Report::new("test");
+    alone("test", steps)
+}
+
+/// Does these steps with a report of their own, and says how many tests there were.
+///
+/// # Errors
+/// Those of the steps.
+pub fn alone(title: &'static str, steps: impl FnOnce(&mut Report) -> Result<Total>) -> Result<()> {
+    let mut report = Report::new(title);
     let outcome = steps(&mut report);
     let total = report.close(outcome)?;
     println!("\n{total}");
@@ -75,11 +83,7 @@ pub fn steps(report: &mut Report) -> Result<Total> {
 /// # Errors
 /// A test fails. Where root or namespaces are missing all are skipped, which is said and is no error.
 pub fn run_root() -> Result<()> {
-    let mut report = Report::new("root");
-    let outcome = root_steps(&mut report);
-    let total = report.close(outcome)?;
-    println!("\n{total}");
-    Ok(())
+    alone("root", root_steps)
 }
 
 /// The steps of the tests that need root, for a report of their own or as part of a longer one.
@@ -233,7 +237,7 @@ impl Suites {
         process::must_succeed(status, "cargo test")
     }
 
-    /// Runs the suites that have failed once more, with the environment of the command that ran them.
+    /// Runs the suites that have failed once more, with the environment of the command that ran them, and its words for the tests.
     ///
     /// # Errors
     /// One of them has failed again.
@@ -243,6 +247,7 @@ impl Suites {
             let target: Vec<&str> = target.split(' ').collect();
             let arguments = [&["test", "--locked", "--workspace"], &target[..]].concat();
             let mut command = cargo(&arguments);
+            command.args(first.get_args().skip_while(|word| *word != "--"));
             for (name, value) in first.get_envs() {
                 match value {
                     Some(value) => command.env(name, value),

@@ -34,8 +34,8 @@ const RECIPE: Recipe = Recipe {
     must_work: |_| Ok(()),
 };
 
-/// Of the tests beside torchrun and of the kills, when the tests of the workspace are compiled.
-const MINUTES: [f64; 2] = [4.0, 5.0];
+/// Of the compilation, from nothing, of the tests beside torchrun and of the kills.
+const MINUTES: [f64; 3] = [8.0, 4.0, 5.0];
 
 #[derive(clap::Args)]
 pub struct Options {
@@ -59,13 +59,7 @@ pub fn run(options: &Options) -> Result<()> {
     match (options.measure, options.kills) {
         (Some(times), _) => measure(times),
         (None, Some(times)) => kill(times, options.torchrun_kills.unwrap_or(times)),
-        (None, None) => {
-            let mut report = Report::new("torchrun");
-            let outcome = steps(&mut report);
-            let total = report.close(outcome)?;
-            println!("\n{total}");
-            Ok(())
-        }
+        (None, None) => suites::alone("torchrun", steps),
     }
 }
 
@@ -80,7 +74,10 @@ pub fn steps(report: &mut Report) -> Result<Total> {
         command.envs(torchrun.environment());
         command
     };
-    let [beside, kills] = MINUTES.map(Budget::minutes);
+    let [compile, beside, kills] = MINUTES.map(Budget::minutes);
+    report.step("tests beside torchrun: compile", compile, |limit| {
+        process::run(of(&["side_by_side", "--test", "recovery", "--no-run"]), limit)
+    })?;
     let total = suites::watched(report, "tests beside torchrun", beside, &|| of(&["side_by_side"]))?;
     // Three interpreters with PyTorch at a time are enough.
     let one_by_one = || of(&["recovery", "--", "--test-threads", "1"]);
