@@ -27,11 +27,15 @@ pub(crate) enum Mutation {
     CertifiedDeathShrinksQuorum,
     /// M10: the leader goes by its own workers' last step and not by the last of all.
     ProposersHistory,
+    /// M11: a member that still fetches has a say in what is stable, as in a draft of this protocol.
+    AnyReport,
+    /// M12: what was removed comes back under its name. The driver's defect, since it draws.
+    SameIncarnation,
 }
 
 #[cfg(test)]
 impl Mutation {
-    /// All of them, M1 to M10.
+    /// Those that the simulator is to find, M1 to M10.
     pub(crate) const ALL: [Self; 10] = [
         Self::UnilateralCommit,
         Self::InputInPlace,

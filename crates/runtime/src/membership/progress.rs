@@ -98,9 +98,10 @@ pub(crate) fn resolve(
     own: impl Fn(Incarnation) -> bool,
     mutation: Mutation,
 ) -> Option<Resolution> {
+    let counts = |report: &&Report| report.holds || mutation == Mutation::AnyReport;
     let holders = || {
-        let held = |report: &Report| report.progress.filter(|_| report.holds).map(|p| (report.worker, p));
-        reports.iter().filter_map(held)
+        let held = |report: &Report| report.progress.map(|progress| (report.worker, progress));
+        reports.iter().filter(counts).filter_map(held)
     };
     let mut longest = holders().map(|(_, progress)| progress).max_by_key(|progress| progress.applied)?;
     if mutation == Mutation::ProposersHistory {
