@@ -95,19 +95,23 @@ fn a_newcomer_violates_nothing_in_any_order_of_events_of_two_nodes() {
 #[test]
 fn whoever_is_lost_and_comes_again_violates_nothing_in_any_order_of_events_of_two_nodes() {
     let all = |name, bounds, reached: &[_]| assert!(holds(name, bounds, usize::MAX, reached), "{name}");
-    let state = Bounds { catch_up: CatchUp::State, ..AGAIN };
-    let crash = Bounds { suspicions: Some(0), ..state };
-    all("2 nodes, 1 crash, 1 join, state mode", crash, &[A_NEW_WORKER_RUNS, A_NEW_NODE_RUNS]);
+    let crash = Bounds { suspicions: Some(0), steps: 3, ..AGAIN };
+    all("2 nodes, 1 crash, 1 join", crash, &[A_NEW_WORKER_RUNS, A_NEW_NODE_RUNS]);
+    let state = Bounds { catch_up: CatchUp::State, steps: 2, ..crash };
+    all("2 nodes, 1 crash, 1 join, state mode", state, &[A_NEW_WORKER_RUNS, A_NEW_NODE_RUNS]);
     let removed = Bounds { suspicions: Some(1), crashes: 0, ..AGAIN };
     all("2 nodes, 1 suspicion, 1 join", removed, &[A_REMOVED_WORKER_RUNS, A_REMOVED_NODE_RUNS]);
 }
 
 #[test]
-fn a_newcomer_violates_nothing_in_any_order_of_events_of_three_nodes_without_losses() {
+fn a_newcomer_violates_nothing_in_any_order_of_events_of_three_nodes() {
     let all = |name, bounds, reached: &[_]| assert!(holds(name, bounds, usize::MAX, reached), "{name}");
     let three = |bounds| Bounds { nodes: 3, suspicions: Some(0), ..bounds };
-    all("3 nodes, 2 workers and a new one", three(WORKER), &[A_STEP_IS_FETCHED, A_NEW_WORKER_RUNS]);
-    all("2 nodes and a new one", three(NODE), &[A_STEP_IS_FETCHED, A_NEW_NODE_RUNS]);
+    all("2 workers and a new one, no losses", three(WORKER), &[A_STEP_IS_FETCHED, A_NEW_WORKER_RUNS]);
+    all("2 nodes and a new one, no losses", three(NODE), &[A_STEP_IS_FETCHED, A_NEW_NODE_RUNS]);
+    let suspicions = Bounds { catch_up: CatchUp::State, steps: 2, suspicions: None, ..three(NODE) };
+    let name = "2 nodes and a new one, any suspicions, state mode";
+    all(name, suspicions, &[A_STEP_IS_FETCHED, A_NEW_NODE_RUNS]);
 }
 
 #[test]
@@ -116,16 +120,17 @@ fn more_joins_violate_nothing_as_far_as_explored() {
     let slow = |bounds| Bounds { pipes: Pipes::Slow, suspicions: Some(0), ..bounds };
     holds("1 worker and a new one, slow pipes", slow(WORKER), limit, &[A_NEW_WORKER_RUNS]);
     holds("1 node and a new one, slow pipes", slow(NODE), limit, &[A_NEW_NODE_RUNS]);
-    let crash = Bounds { steps: 3, suspicions: Some(0), ..AGAIN };
-    holds("2 nodes, 1 crash, 1 join", crash, limit, &[A_NEW_WORKER_RUNS, A_NEW_NODE_RUNS]);
-    let crashes = Bounds { catch_up: CatchUp::State, view_changes: 3, crashes: 2, joins: 2, ..crash };
-    holds("2 nodes, 2 crashes, 2 joins, state mode", crashes, limit, &[A_NEW_WORKER_RUNS, A_NEW_NODE_RUNS]);
-    let three = Bounds { nodes: 3, catch_up: CatchUp::State, steps: 2, ..NODE };
-    holds("2 nodes and a new one, state mode", three, limit, &[A_NEW_NODE_RUNS]);
-    let again = Bounds { nodes: 3, catch_up: CatchUp::State, suspicions: Some(0), ..AGAIN };
-    holds("3 nodes, 1 crash, 1 join, state mode", again, limit, &[A_NEW_WORKER_RUNS]);
-    let four = Bounds { nodes: 4, steps: 1, suspicions: Some(0), ..three };
-    holds("3 nodes and a new one, state mode", four, limit, &[A_NEW_NODE_RUNS]);
+    let crashes = Bounds { catch_up: CatchUp::State, view_changes: 3, crashes: 2, joins: 2, ..AGAIN };
+    let crashes = Bounds { suspicions: Some(0), ..crashes };
+    let both = [A_NEW_WORKER_RUNS, A_NEW_NODE_RUNS];
+    holds("2 nodes, 2 crashes, 2 joins, state mode", crashes, limit, &both);
+    let three = Bounds { nodes: 3, crashes: 1, joins: 1, view_changes: 2, ..crashes };
+    holds("3 nodes, 1 crash, 1 join, state mode", three, limit, &[A_NEW_WORKER_RUNS]);
+    let crash = Bounds { nodes: 3, suspicions: Some(0), crashes: 1, ..WORKER };
+    holds("2 workers and a new one, 1 crash", crash, limit, &[A_NEW_WORKER_RUNS]);
+    let four =
+        Bounds { nodes: 4, catch_up: CatchUp::State, steps: 1, crashes: 0, missing: Missing::Node, ..crash };
+    holds("3 nodes and a new one, no losses, state mode", four, limit, &[A_NEW_NODE_RUNS]);
 }
 
 #[test]
