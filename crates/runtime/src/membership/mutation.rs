@@ -35,7 +35,7 @@ pub(crate) enum Mutation {
 
 #[cfg(test)]
 impl Mutation {
-    /// Those that the simulator is to find, M1 to M10.
+    /// Those that the simulator finds in its seeds, M1 to M10. M11 it does not, and M12 is of the model's driver.
     pub(crate) const ALL: [Self; 10] = [
         Self::UnilateralCommit,
         Self::InputInPlace,

@@ -1,6 +1,7 @@
 //! The exhaustive check: every order of events of small jobs, over the same core that runs in production.
 //!
-//! A node is a launcher and its worker, which fail together or the worker alone. Anybody may be suspected at any time.
+//! A node is a launcher and its worker, which fail together or the worker alone. Anybody may be suspected at any time, as
+//! often as [`Bounds`] say. A collective completes at a worker once all members of its view have contributed, in one epoch.
 //! Time does not pass, but each launcher may lose its patience a bounded number of times: then it leads, or goes on
 //! without what it was waiting for.
 //!
@@ -11,7 +12,8 @@
 //! - A launcher that has crashed is started again, with a worker without a state; it seeks the others.
 //! - A node, or its worker, may be missing in the first view, which makes the way to a join short: see [`Missing`].
 //!
-//! All of them pull a stable state and enter by a view change. `joins` bounds how many of them there are.
+//! All of them pull a stable state and enter by a view change. `joins` bounds how many of them there are; whoever is removed
+//! after that, or in the last epoch, stays away.
 //!
 //! # What may happen to messages
 //! - Those between launchers form a set from which nothing is taken away: they may be lost (never delivered), repeated,
@@ -21,16 +23,17 @@
 //! - The pipe between a launcher and its worker is in order. With [`Pipes::Instant`] it is empty between events.
 //!
 //! # What is atomic
-//! - A step: a collective completes at one worker after the other, its first and its last part at once, when all members
-//!   of the view have contributed in one epoch. The gradients are there as soon as they are asked for.
+//! - The first and the last collective of a step, at one worker; at another one they may complete later, or never. The
+//!   gradients are there as soon as they are asked for.
 //! - A member that lacks the state of its view asks and has it at once, from any member that answers; or never.
 //! - A new incarnation is there as soon as it is asked for. A launcher that seeks has its worker.
-//! - The copy of a state is made when it is sent.
+//! - The copy of a state is made when the core says that it is to be sent, and is under way from then on.
 //!
 //! # What is not in here
 //! Founding a job, leases, spares, requests to leave, and whatever depends on how long something takes: resting before
 //! one enters again ends at any time, a newcomer always comes at the beginning of a step. Heartbeats are not sent, so no
-//! launcher knows how far others are. The simulator has all of that.
+//! launcher knows how far others are. In the last epoch nobody enters any more, so that what workers say to newcomers is not
+//! heard there; and `Soon` is said only where a newcomer may ask again. The simulator has all of that.
 
 mod checks;
 mod situation;
