@@ -18,7 +18,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::book::Book;
 use super::pipe::Contact;
-use crate::membership::{Incarnation, MAX_SLOTS, PeerMessage, Slot, Transfer};
+use crate::membership::{Incarnation, MAX_SLOTS, PeerMessage, Slot, Stripe, Transfer};
 
 /// A transfer goes in pieces, between which messages may go out: as many bytes as one call of the operating system takes.
 const PIECE_BYTES: usize = 128 * 1024;
@@ -53,9 +53,18 @@ pub(super) enum Arrival {
     Received {
         from: Incarnation,
         transfer: Transfer,
+        stripe: Stripe,
         present: Vec<Slot>,
         bytes: Vec<u8>,
     },
+}
+
+/// What is called on the I/O thread; it must not block.
+pub(super) struct Hooks {
+    /// With what comes.
+    pub(super) arrived: Box<dyn Fn(Arrival) + Send + Sync>,
+    /// Before another piece of a transfer goes out, also before its announcement.
+    pub(super) gave: Box<dyn Fn(Stripe) + Send + Sync>,
 }
 
 /// The most bytes that a transfer may have.
@@ -77,6 +86,7 @@ enum Frame {
     /// A transfer begins, in place of one that has not ended; `present` are the slots that have contributed to a result.
     Begin {
         transfer: Transfer,
+        stripe: Stripe,
         present: Vec<Slot>,
         size: u64,
     },
@@ -91,6 +101,7 @@ enum Frame {
 
 struct Parcel {
     transfer: Transfer,
+    stripe: Stripe,
     present: Vec<Slot>,
     bytes: Bytes,
     cancelled: AtomicBool,
@@ -106,6 +117,7 @@ impl Parcel {
 struct Queue {
     messages: mpsc::Receiver<PeerMessage>,
     parcels: mpsc::UnboundedReceiver<Arc<Parcel>>,
+    hooks: Arc<Hooks>,
 }
 
 /// This worker's side.
@@ -114,6 +126,7 @@ pub(super) struct Exchange {
     endpoint: Endpoint,
     book: Arc<Book>,
     me: Arc<Mutex<Incarnation>>,
+    hooks: Arc<Hooks>,
     outgoing: HashMap<Incarnation, Outgoing>,
     accept: tokio::task::JoinHandle<()>,
 }
@@ -141,20 +154,20 @@ impl Drop for Outgoing {
 }
 
 impl Exchange {
-    /// Listens at `endpoint`, and calls `arrived` with what comes, on the I/O thread; it must not block.
+    /// Listens at `endpoint`.
     pub(super) fn new(
         io: IoHandle,
         endpoint: Endpoint,
         book: Arc<Book>,
         me: Incarnation,
         limits: Limits,
-        arrived: impl Fn(Arrival) + Send + Sync + 'static,
+        hooks: Hooks,
     ) -> Self {
-        let me = Arc::new(Mutex::new(me));
+        let (me, hooks) = (Arc::new(Mutex::new(me)), Arc::new(hooks));
         let reception =
-            Arc::new(Reception { book: book.clone(), me: me.clone(), limits, arrived: Box::new(arrived) });
+            Arc::new(Reception { book: book.clone(), me: me.clone(), limits, hooks: hooks.clone() });
         let accept = io.spawn(accept_all(endpoint.clone(), reception));
-        Self { io, endpoint, book, me, outgoing: HashMap::new(), accept }
+        Self { io, endpoint, book, me, hooks, outgoing: HashMap::new(), accept }
     }
 
     /// This worker has another incarnation from now on: what others send to the former one does not arrive.
@@ -176,8 +189,14 @@ impl Exchange {
     }
 
     /// May be lost. Does not block.
-    pub(super) fn send(&mut self, to: Incarnation, transfer: Transfer, present: Vec<Slot>, bytes: Bytes) {
-        let parcel = Arc::new(Parcel { transfer, present, bytes, cancelled: AtomicBool::new(false) });
+    pub(super) fn send(
+        &mut self,
+        to: Incarnation,
+        (transfer, stripe): (Transfer, Stripe),
+        present: Vec<Slot>,
+        bytes: Bytes,
+    ) {
+        let parcel = Arc::new(Parcel { transfer, stripe, present, bytes, cancelled: AtomicBool::new(false) });
         let outgoing = self.connection(to);
         outgoing.waiting.retain(|waiting| waiting.strong_count() > 0);
         outgoing.waiting.push(Arc::downgrade(&parcel));
@@ -186,11 +205,14 @@ impl Exchange {
         }
     }
 
-    /// The state that is on its way to that worker, as far as is known here. Results are nearly always, and of no use to
-    /// one that lacks what they follow.
-    pub(super) fn state_under_way(&self, to: Incarnation) -> Option<Transfer> {
+    /// The state of which that part, or all, is on its way to that worker, as far as is known here. Results are nearly always,
+    /// and of no use to one that lacks what they follow.
+    pub(super) fn state_under_way(&self, to: Incarnation, stripe: Stripe) -> Option<Transfer> {
         let outgoing = self.outgoing.get(&to).filter(|outgoing| !outgoing.parcels.is_closed())?;
-        let states = outgoing.under_way().filter(|parcel| matches!(parcel.transfer, Transfer::State { .. }));
+        let states = outgoing.under_way().filter(|parcel| {
+            matches!(parcel.transfer, Transfer::State { .. })
+                && [stripe, Stripe::WHOLE].contains(&parcel.stripe)
+        });
         states.map(|parcel| parcel.transfer).last()
     }
 
@@ -215,7 +237,7 @@ impl Exchange {
             let (parcels, sent) = mpsc::unbounded_channel();
             let from = *self.me.lock().unwrap_or_else(PoisonError::into_inner);
             let (endpoint, book) = (self.endpoint.clone(), self.book.clone());
-            let queue = Queue { messages: said, parcels: sent };
+            let queue = Queue { messages: said, parcels: sent, hooks: self.hooks.clone() };
             let delivery = self.io.spawn(deliver_all(endpoint, book, (from, to), queue));
             Outgoing { messages, parcels, waiting: Vec::new(), delivery }
         })
@@ -266,7 +288,7 @@ async fn deliver(
             biased;
             Some(message) = queue.messages.recv() => post(&mut sender, &Frame::Says(message)).await?,
             Some(parcel) = queue.parcels.recv() => {
-                post_transfer(&mut sender, &parcel, &mut queue.messages).await?;
+                post_transfer(&mut sender, &parcel, &mut queue).await?;
             }
             else => return Ok(()),
         }
@@ -285,23 +307,25 @@ async fn post_with(sender: &mut MessageSender, frame: &Frame, bytes: &[u8]) -> R
 async fn post_transfer(
     sender: &mut MessageSender,
     parcel: &Parcel,
-    messages: &mut mpsc::Receiver<PeerMessage>,
+    queue: &mut Queue,
 ) -> Result<(), TransportError> {
     if parcel.is_cancelled() {
         return Ok(());
     }
     let bytes = (*parcel.bytes).as_ref();
-    let (transfer, present) = (parcel.transfer, parcel.present.clone());
-    post(sender, &Frame::Begin { transfer, present, size: bytes.len() as u64 }).await?;
+    let (transfer, stripe, present) = (parcel.transfer, parcel.stripe, parcel.present.clone());
+    (queue.hooks.gave)(stripe);
+    post(sender, &Frame::Begin { transfer, stripe, present, size: bytes.len() as u64 }).await?;
     let mut digest = Xxh3::new();
     for piece in bytes.chunks(PIECE_BYTES) {
-        while let Ok(message) = messages.try_recv() {
+        while let Ok(message) = queue.messages.try_recv() {
             post(sender, &Frame::Says(message)).await?;
         }
         if parcel.is_cancelled() {
             return Ok(());
         }
         digest.update(piece);
+        (queue.hooks.gave)(stripe);
         post_with(sender, &Frame::Piece { size: piece.len() as u32 }, piece).await?;
     }
     post(sender, &Frame::End { digest: digest.digest128() }).await
@@ -317,12 +341,13 @@ struct Reception {
     book: Arc<Book>,
     me: Arc<Mutex<Incarnation>>,
     limits: Limits,
-    arrived: Box<dyn Fn(Arrival) + Send + Sync>,
+    hooks: Arc<Hooks>,
 }
 
 /// A transfer that is coming in.
 struct Incoming {
     transfer: Transfer,
+    stripe: Stripe,
     present: Vec<Slot>,
     bytes: Vec<u8>,
     /// How many of them have come, and the digest of those.
@@ -390,12 +415,12 @@ impl Reception {
             }
             match (frame, incoming.take()) {
                 (Frame::Says(message), begun) => {
-                    (self.arrived)(Arrival::Says { from, message });
+                    (self.hooks.arrived)(Arrival::Says { from, message });
                     incoming = begun;
                 }
-                (Frame::Begin { transfer, present, size }, _) => {
-                    incoming = Some(self.begin(transfer, present, size)?);
-                    (self.arrived)(Arrival::Receiving(transfer));
+                (Frame::Begin { transfer, stripe, present, size }, _) => {
+                    incoming = Some(self.begin((transfer, stripe), present, size)?);
+                    (self.hooks.arrived)(Arrival::Receiving(transfer));
                 }
                 (Frame::Piece { size }, Some(mut begun)) => {
                     let rest = &mut begun.bytes[begun.filled..];
@@ -404,14 +429,15 @@ impl Reception {
                     receiver.recv_bytes(piece).await?;
                     begun.digest.update(piece);
                     begun.filled += piece.len();
-                    (self.arrived)(Arrival::Receiving(begun.transfer));
+                    (self.hooks.arrived)(Arrival::Receiving(begun.transfer));
                     incoming = Some(begun);
                 }
-                (Frame::End { digest }, Some(Incoming { transfer, present, bytes, filled, digest: own })) => {
+                (Frame::End { digest }, Some(begun)) => {
+                    let Incoming { transfer, stripe, present, bytes, filled, digest: own } = begun;
                     if filled != bytes.len() || own.digest128() != digest {
                         return Err(refused("a transfer that is not what was sent"));
                     }
-                    (self.arrived)(Arrival::Received { from, transfer, present, bytes });
+                    (self.hooks.arrived)(Arrival::Received { from, transfer, stripe, present, bytes });
                 }
                 _ => return Err(refused("a message out of turn")),
             }
@@ -419,17 +445,22 @@ impl Reception {
         Ok(())
     }
 
-    fn begin(&self, transfer: Transfer, present: Vec<Slot>, size: u64) -> Result<Incoming, TransportError> {
+    fn begin(
+        &self,
+        (transfer, stripe): (Transfer, Stripe),
+        present: Vec<Slot>,
+        size: u64,
+    ) -> Result<Incoming, TransportError> {
         let size = usize::try_from(size).unwrap_or(usize::MAX);
         let fits = match transfer {
-            Transfer::State { .. } => size <= self.limits.state,
-            Transfer::Result { .. } => size == self.limits.result,
+            Transfer::State { .. } => size <= self.limits.state && stripe.is_valid(),
+            Transfer::Result { .. } => size == self.limits.result && stripe == Stripe::WHOLE,
         };
         if !fits || present.len() > MAX_SLOTS {
             return Err(refused("a transfer of another size than this program's"));
         }
         // Of zeros, which need no memory before they are written over.
-        Ok(Incoming { transfer, present, bytes: vec![0; size], filled: 0, digest: Xxh3::new() })
+        Ok(Incoming { transfer, stripe, present, bytes: vec![0; size], filled: 0, digest: Xxh3::new() })
     }
 }
 
@@ -491,8 +522,9 @@ mod tests {
             let _ = gate.map(|gate| gate.recv_timeout(PATIENCE));
         };
         let [here, there] = endpoints;
-        let one = Exchange::new(io[0].handle(), here, book.clone(), ONE, limits, |_| {});
-        let other = Exchange::new(io[1].handle(), there, book.clone(), OTHER, limits, arrive);
+        let hooks = |arrived| Hooks { arrived, gave: Box::new(|_| {}) };
+        let one = Exchange::new(io[0].handle(), here, book.clone(), ONE, limits, hooks(Box::new(|_| {})));
+        let other = Exchange::new(io[1].handle(), there, book, OTHER, limits, hooks(Box::new(arrive)));
         Pair { one, arrived, go_on, _other: other, _io: io }
     }
 
@@ -503,7 +535,7 @@ mod tests {
     impl Pair {
         /// Begins a long transfer.
         fn begin(&mut self) {
-            self.one.send(OTHER, state(1), Vec::new(), Arc::new(vec![1; LARGE]));
+            self.one.send(OTHER, (state(1), Stripe::WHOLE), Vec::new(), Arc::new(vec![1; LARGE]));
             assert!(matches!(self.arrived.recv_timeout(PATIENCE), Ok(Arrival::Receiving(_))));
         }
 
@@ -536,9 +568,9 @@ mod tests {
         let mut pair = pair();
         pair.begin();
         pair.one.cancel(|to, transfer| to == OTHER && transfer == state(1));
-        assert_eq!(pair.one.state_under_way(OTHER), None);
-        pair.one.send(OTHER, state(2), Vec::new(), Arc::new(vec![2; 3]));
-        assert_eq!(pair.one.state_under_way(OTHER), Some(state(2)));
+        assert_eq!(pair.one.state_under_way(OTHER, Stripe::WHOLE), None);
+        pair.one.send(OTHER, (state(2), Stripe::WHOLE), Vec::new(), Arc::new(vec![2; 3]));
+        assert_eq!(pair.one.state_under_way(OTHER, Stripe::WHOLE), Some(state(2)));
         pair.go_on.send(()).expect("it waits");
         let next = pair.next();
         assert!(

@@ -60,8 +60,8 @@ mod worker;
 
 pub use launcher::{Child, Launcher, LauncherAction, LauncherEvent};
 pub use message::{
-    Ballot, Checked, Decision, Envelope, Evidence, FromWorker, MAX_SOURCES, Message, PeerMessage, ToWorker,
-    Transfer, decode, encode,
+    Ballot, Checked, Decision, Envelope, Evidence, FromWorker, MAX_SOURCES, MAX_STRIPES, Message,
+    PeerMessage, Stripe, ToWorker, Transfer, decode, encode,
 };
 pub use progress::{Progress, Report, Resolution, Step};
 pub use samples::Ledger;

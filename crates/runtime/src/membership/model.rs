@@ -14,7 +14,7 @@ use std::time::Duration;
 use stateright::{Checker, Model, Property};
 
 use super::launcher::{Child, Launcher, LauncherAction, LauncherEvent};
-use super::message::{Ballot, Decision, Envelope, Evidence, Message, PeerMessage, ToWorker};
+use super::message::{Ballot, Decision, Envelope, Evidence, Message, PeerMessage, Stripe, ToWorker};
 use super::mutation::Mutation;
 use super::progress::{Progress, Resolution, Step};
 use super::settings::{CatchUp, Fence, Job, Timing};
@@ -278,13 +278,13 @@ impl Situation {
         let others = self.nodes.iter().enumerate().filter(|(other, _)| *other != index);
         let answer = others.into_iter().find_map(|(_, node)| {
             let mut source = node.worker.clone()?;
-            let message = PeerMessage::Fetch { epoch, have };
+            let message = PeerMessage::Fetch { epoch, have, stripe: Stripe::WHOLE };
             let actions = source.handle(Duration::ZERO, WorkerEvent::Peer { from: me, message });
             let transfer = actions.into_iter().find_map(|action| match action {
                 WorkerAction::Send { transfer, .. } => Some(transfer),
                 _ => None,
             })?;
-            Some(WorkerEvent::Received { from: source.incarnation(), transfer })
+            Some(WorkerEvent::Received { from: source.incarnation(), transfer, stripe: Stripe::WHOLE })
         });
         if let Some(event) = answer {
             self.tell_worker(bounds, index, event);
