@@ -9,6 +9,7 @@ mod job;
 mod training;
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -79,6 +80,7 @@ fn main() {
                 },
             ));
         }
+        trials.push(trial("a_program_that_panics_in_its_gradient_is_replaced_and_changes_no_bit", panics));
         trials.push(trial("a_worker_that_stops_at_a_point_is_removed_and_comes_back", stops));
         trials.push(trial("a_failpoint_that_makes_no_sense_ends_the_job_with_a_line_that_says_so", nonsense));
         trials.push(trial("while_nothing_fails_no_message_is_said_but_heartbeats", silence));
@@ -96,6 +98,8 @@ struct Paced {
     /// How long a gradient takes until then.
     slow: Duration,
     hurries: bool,
+    /// Panics where it can make this file, at the third step.
+    panics: Option<PathBuf>,
     /// The elements of a gradient that are not the model's.
     padding: usize,
 }
@@ -103,7 +107,7 @@ struct Paced {
 impl Paced {
     fn new(pace: PathBuf, padding: usize) -> Self {
         let (model, ballast) = (Model::new(None), vec![0.5; BALLAST]);
-        Self { model, ballast, pace, slow: SLOW, hurries: false, padding }
+        Self { model, ballast, pace, slow: SLOW, hurries: false, panics: None, padding }
     }
 
     fn wide(self) -> Self {
@@ -128,6 +132,11 @@ impl Program for Paced {
         self.hurries = self.hurries || self.pace.exists();
         if !self.hurries {
             std::thread::sleep(self.slow);
+        }
+        if self.model.steps[0] == 2
+            && let Some(file) = &self.panics
+        {
+            assert!(fs::File::create_new(file).is_err(), "this sample is not to my taste");
         }
         let own = self.model.gradient_len();
         self.model.gradient(samples, &mut gradient[..own])
@@ -155,6 +164,9 @@ fn rank(part: &str, args: &[String]) {
     }
     let program = Paced::new(args[1].clone().into(), padding);
     let mut program = if part == "wide" { program.wide() } else { program };
+    if part == "panics" {
+        program.panics = Some(Path::new(&args[1]).with_extension("panicked"));
+    }
     match elastic::train(&config, &mut program).unwrap_or_else(|error| panic!("{error}")) {
         End::Complete => println!("complete digest {}", digest(&program)),
         end => println!("ended with {end:?}"),
@@ -316,6 +328,17 @@ fn stripes() {
     let watch = Watch::start("wide", failpoints, &[], WIDE_PASSES, &pace);
     let finished = watch.complete_after(2, &pace);
     check(&finished, WIDE_PASSES, Paced::new(pace, 0).wide());
+}
+
+/// One of the ranks panics, and says so.
+fn panics() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let pace = folder.path().join("pace");
+    let finished = Watch::start("panics", "", &[], PASSES, &pace).complete_after(1, &pace);
+    let said = finished.lines.iter().filter(|line| line.contains("this sample is not to my taste")).count();
+    let reported = finished.lines.iter().any(|line| line.contains("code 101"));
+    assert!(said == 1 && reported, "{}", finished.lines.join("\n"));
+    check(&finished, PASSES, Paced::new(pace, 0));
 }
 
 fn saves(victim: usize) {

@@ -490,7 +490,7 @@ mod tests {
         arrived: Receiver<Arrival>,
         go_on: Sender<()>,
         _other: Exchange,
-        _io: [IoThread; 2],
+        io: [IoThread; 2],
     }
 
     const ONE: Incarnation = Incarnation(1);
@@ -525,7 +525,7 @@ mod tests {
         let hooks = |arrived| Hooks { arrived, gave: Box::new(|_| {}) };
         let one = Exchange::new(io[0].handle(), here, book.clone(), ONE, limits, hooks(Box::new(|_| {})));
         let other = Exchange::new(io[1].handle(), there, book, OTHER, limits, hooks(Box::new(arrive)));
-        Pair { one, arrived, go_on, _other: other, _io: io }
+        Pair { one, arrived, go_on, _other: other, io }
     }
 
     fn state(steps: u64) -> Transfer {
@@ -576,6 +576,68 @@ mod tests {
         assert!(
             matches!(next, Arrival::Received { transfer, bytes, .. } if transfer == state(2) && bytes == [2; 3])
         );
+    }
+
+    /// A sender that says something else than it ought to.
+    async fn liar(
+        endpoint: Endpoint,
+        book: Arc<Book>,
+        frames: Vec<(Frame, Vec<u8>)>,
+    ) -> Result<(), TransportError> {
+        let contact = book.get(OTHER).expect("it is known");
+        let connection = endpoint.connect(contact.exchange, &contact.member).await?;
+        let (mut sender, mut receiver) = connection.open_messages().await?;
+        post(&mut sender, &Frame::Hello { from: ONE, to: OTHER }).await?;
+        for (frame, bytes) in frames {
+            post_with(&mut sender, &frame, &bytes).await?;
+        }
+        // The other one says nothing here: this ends when it ends the connection.
+        timeout(PATIENCE, receiver.recv::<Frame>())
+            .await
+            .map_err(|_| timed_out("the end", PATIENCE))?
+            .map(drop)
+    }
+
+    #[test]
+    fn a_transfer_that_is_not_what_was_sent_ends_the_connection_and_nothing_of_it_arrives() {
+        let begin =
+            |size| Frame::Begin { transfer: state(1), stripe: Stripe::WHOLE, present: Vec::new(), size };
+        let (bytes, digest) = (vec![7; 100], xxhash_rust::xxh3::xxh3_128(&[7; 100]));
+        let mut flipped = bytes.clone();
+        flipped[99] ^= 1;
+        let piece = || Frame::Piece { size: 100 };
+        let odd = Frame::Begin {
+            transfer: state(1),
+            stripe: Stripe { index: 3, of: 3 },
+            present: Vec::new(),
+            size: 100,
+        };
+        for (what, frames) in [
+            (
+                "a flipped bit",
+                vec![(begin(100), vec![]), (piece(), flipped), (Frame::End { digest }, vec![])],
+            ),
+            (
+                "the end is missing",
+                vec![(begin(101), vec![]), (piece(), bytes.clone()), (Frame::End { digest }, vec![])],
+            ),
+            ("more than announced", vec![(begin(99), vec![]), (piece(), bytes.clone())]),
+            ("more than a state has", vec![(begin(LARGE as u64 + 1), vec![])]),
+            ("a part that there is not", vec![(odd, vec![])]),
+            ("no beginning", vec![(piece(), bytes)]),
+        ] {
+            let mut pair = pair();
+            pair.go_on.send(()).expect("nobody waits yet");
+            let (endpoint, book) = (pair.one.endpoint.clone(), pair.one.book.clone());
+            let lies = pair.io[0].handle().spawn(liar(endpoint, book, frames));
+            let deadline = std::time::Instant::now() + PATIENCE;
+            while !lies.is_finished() {
+                assert!(std::time::Instant::now() < deadline, "{what}: the connection goes on");
+                std::thread::sleep(LOOK_INTERVAL);
+            }
+            pair.one.say(OTHER, PeerMessage::Soon);
+            assert!(matches!(pair.next(), Arrival::Says { .. }), "{what}: it has arrived");
+        }
     }
 
     proptest! {
