@@ -159,6 +159,7 @@ impl Links {
         let (deadline, epoch) = (Instant::now() + FORMING_LIMIT, view.epoch);
         let started = Instant::now();
         let transport = self.link(view, me, deadline)?;
+        let linked = started.elapsed();
         let fence = &self.fence;
         let gave_up = || fence.is_closed(epoch).then(|| "the membership has changed".to_owned());
         let transport = shm::upgrade(transport, self.sharing, deadline, &gave_up)?;
@@ -168,11 +169,12 @@ impl Links {
             communicator.on_round(observer);
         }
         self.fence.guard(epoch, &communicator);
-        let elapsed_us = started.elapsed().as_micros() as u64;
+        let (elapsed_us, connecting_us) = (started.elapsed().as_micros() as u64, linked.as_micros() as u64);
         tracing::info!(
             epoch = epoch.0,
             members = view.members.len(),
             links,
+            connecting_us,
             elapsed_us,
             "members are connected"
         );
