@@ -4,8 +4,8 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use super::book::Book;
@@ -45,9 +45,8 @@ pub(super) enum Input<G> {
         from: Progress,
         inputs: Inputs<G>,
     },
-    /// The program has a copy of its state for another worker.
+    /// The program has a copy of a part of its state for others.
     Saved {
-        to: Incarnation,
         transfer: Transfer,
         stripe: Stripe,
         copy: Vec<u8>,
@@ -74,7 +73,6 @@ pub(super) enum Command<G> {
     /// Take over a state that comes in these parts.
     Load(Vec<Vec<u8>>),
     Save {
-        to: Incarnation,
         transfer: Transfer,
         stripe: Stripe,
     },
@@ -136,8 +134,10 @@ pub(super) struct Control<G> {
     view: Option<View>,
     /// The members of the last view in which a step was reduced, and its epoch: they have reached each other.
     linked: (Epoch, BTreeSet<Incarnation>),
-    /// For whom the program is to make a copy of a part of its state, and of which.
-    copying: BTreeMap<(Incarnation, Stripe), Transfer>,
+    /// Of which states the program is to copy which part, and for whom. One copy serves all who ask for the same.
+    copying: BTreeMap<(Transfer, Stripe), BTreeSet<Incarnation>>,
+    /// The last copy, as long as it is on its way to somebody.
+    copied: Option<((Transfer, Stripe), Weak<Vec<u8>>)>,
     /// The inputs of the next step.
     kept: BTreeMap<Slot, Arc<Vec<G>>>,
     coming: Option<Coming>,
@@ -185,6 +185,7 @@ impl<G: Gradient> Control<G> {
             view: None,
             linked: (Epoch(0), BTreeSet::new()),
             copying: BTreeMap::new(),
+            copied: None,
             kept: BTreeMap::new(),
             coming: None,
             waiting: None,
@@ -262,6 +263,8 @@ impl<G: Gradient> Control<G> {
                     self.tell_core(WorkerEvent::FirstReduced { epoch, step });
                     self.reduced = Some(Arc::new(mean));
                     self.tell_core(WorkerEvent::Reduced { epoch, step });
+                } else {
+                    self.pool.give(Arc::new(mean));
                 }
             }
             Input::Links(News::Unformed { epoch, missing, reason }) => {
@@ -289,11 +292,12 @@ impl<G: Gradient> Control<G> {
                     }
                 }
             }
-            Input::Saved { to, transfer, stripe, copy } => {
-                // Unless it has become useless, or another one is to follow.
-                if self.copying.get(&(to, stripe)) == Some(&transfer) {
-                    self.copying.remove(&(to, stripe));
-                    self.exchange.send(to, (transfer, stripe), Vec::new(), Arc::new(copy));
+            Input::Saved { transfer, stripe, copy } => {
+                let copy = Arc::new(copy);
+                self.copied = Some(((transfer, stripe), Arc::downgrade(&copy)));
+                // Nobody, if it has become useless.
+                for to in self.copying.remove(&(transfer, stripe)).unwrap_or_default() {
+                    self.exchange.send(to, (transfer, stripe), Vec::new(), copy.clone());
                 }
             }
             Input::Closed => {
@@ -309,7 +313,10 @@ impl<G: Gradient> Control<G> {
     /// Whether the state that a worker asks for is on its way to it. Of use to a member is what its view begins with.
     fn is_answered_already(&self, from: Incarnation, message: PeerMessage) -> bool {
         let under_way = |stripe| {
-            let copying = self.copying.get(&(from, stripe)).copied();
+            let is_for_it = |copy: &(&(Transfer, Stripe), &BTreeSet<Incarnation>)| {
+                copy.0.1 == stripe && copy.1.contains(&from)
+            };
+            let copying = self.copying.iter().find(is_for_it).map(|((transfer, _), _)| *transfer);
             copying.or_else(|| self.exchange.state_under_way(from, stripe))
         };
         match message {
@@ -329,7 +336,10 @@ impl<G: Gradient> Control<G> {
         let is_useless = |to: Incarnation, transfer: Transfer| {
             decision.view.member(to).is_some() && transfer.reaches() != decision.resolution.state()
         };
-        self.copying.retain(|&(to, _), transfer| !is_useless(to, *transfer));
+        self.copying.retain(|&(transfer, _), whom| {
+            whom.retain(|&to| !is_useless(to, transfer));
+            !whom.is_empty()
+        });
         self.exchange.cancel(is_useless);
     }
 
@@ -567,10 +577,26 @@ impl<G: Gradient> Control<G> {
             }
             // Whoever asked does so again, and gets the state.
             (Transfer::Result { .. }, _) => {}
-            (Transfer::State { .. }, _) => {
-                self.copying.insert((to, stripe), transfer);
-                self.command(Command::Save { to, transfer, stripe });
+            (Transfer::State { .. }, _) => self.send_state(to, (transfer, stripe)),
+        }
+    }
+
+    fn send_state(&mut self, to: Incarnation, what: (Transfer, Stripe)) {
+        let copy = self.copied.as_ref().filter(|(of, _)| *of == what).and_then(|(_, copy)| copy.upgrade());
+        if let Some(copy) = copy {
+            return self.exchange.send(to, what, Vec::new(), copy);
+        }
+        // A newer state takes the place of one that it has not been sent yet.
+        self.copying.retain(|of, whom| {
+            if of.1 == what.1 {
+                whom.remove(&to);
             }
+            !whom.is_empty()
+        });
+        let whom = self.copying.entry(what).or_default();
+        whom.insert(to);
+        if whom.len() == 1 {
+            self.command(Command::Save { transfer: what.0, stripe: what.1 });
         }
     }
 

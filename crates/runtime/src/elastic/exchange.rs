@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
+use paceline_transport::shm::prefer_huge_pages;
 use paceline_transport::tls::{Connection, Endpoint, MessageReceiver, MessageSender};
 use paceline_transport::{Error as TransportError, IoHandle};
 use serde::{Deserialize, Serialize};
@@ -460,7 +461,9 @@ impl Reception {
             return Err(refused("a transfer of another size than this program's"));
         }
         // Of zeros, which need no memory before they are written over.
-        Ok(Incoming { transfer, stripe, present, bytes: vec![0; size], filled: 0, digest: Xxh3::new() })
+        let mut bytes = vec![0; size];
+        prefer_huge_pages(&mut bytes);
+        Ok(Incoming { transfer, stripe, present, bytes, filled: 0, digest: Xxh3::new() })
     }
 }
 

@@ -136,12 +136,16 @@ impl Links {
                     };
                     self.failpoints.begin_step(step);
                     self.failpoints.pass(Point::Contribute, step);
-                    let reduced = sum::mean(communicator, &shares, &inputs, pool.take())
+                    let mut mean = pool.take();
+                    let reduced = sum::mean(communicator, &shares, &inputs, &mut mean)
                         .map_err(Error::from)
-                        .and_then(|mean| Ok((mean, saving.agree(communicator, step)?)));
+                        .and_then(|()| saving.agree(communicator, step));
                     match reduced {
-                        Ok((mean, saved)) => News::Reduced { epoch, step, mean, saved },
-                        Err(error) => failed(view, &error),
+                        Ok(saved) => News::Reduced { epoch, step, mean, saved },
+                        Err(error) => {
+                            pool.give(Arc::new(mean));
+                            failed(view, &error)
+                        }
                     }
                 }
             };

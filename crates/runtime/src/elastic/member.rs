@@ -243,8 +243,8 @@ fn serve<P: Program>(
                 failpoints.pass(Point::Applied, step);
             }
             Command::Load(parts) => training.load(&parts)?,
-            Command::Save { to, transfer, stripe } => {
-                let _ = inputs.send(Input::Saved { to, transfer, stripe, copy: training.save(stripe)? });
+            Command::Save { transfer, stripe } => {
+                let _ = inputs.send(Input::Saved { transfer, stripe, copy: training.save(stripe)? });
             }
             Command::Stable(stable) => training.program().stable(&stable),
             Command::Checkpoint { stable, lineage, group } => {
