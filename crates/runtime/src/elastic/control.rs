@@ -9,7 +9,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use super::book::Book;
-use super::exchange::{Arrival, Bytes, Exchange};
+use super::exchange::{Arrival, Bytes, Exchange, Part};
 use super::failpoint::{Failpoints, Point};
 use super::links::{Fence, News, Order};
 use super::pipe::{self, Contact, FromChild, ToChild};
@@ -135,9 +135,9 @@ pub(super) struct Control<G> {
     /// The members of the last view in which a step was reduced, and its epoch: they have reached each other.
     linked: (Epoch, BTreeSet<Incarnation>),
     /// Of which states the program is to copy which part, and for whom. One copy serves all who ask for the same.
-    copying: BTreeMap<(Transfer, Stripe), BTreeSet<Incarnation>>,
+    copying: BTreeMap<Part, BTreeSet<Incarnation>>,
     /// The last copy, as long as it is on its way to somebody.
-    copied: Option<((Transfer, Stripe), Weak<Vec<u8>>)>,
+    copied: Option<(Part, Weak<Vec<u8>>)>,
     /// The inputs of the next step.
     kept: BTreeMap<Slot, Arc<Vec<G>>>,
     coming: Option<Coming>,
@@ -313,9 +313,8 @@ impl<G: Gradient> Control<G> {
     /// Whether the state that a worker asks for is on its way to it. Of use to a member is what its view begins with.
     fn is_answered_already(&self, from: Incarnation, message: PeerMessage) -> bool {
         let under_way = |stripe| {
-            let is_for_it = |copy: &(&(Transfer, Stripe), &BTreeSet<Incarnation>)| {
-                copy.0.1 == stripe && copy.1.contains(&from)
-            };
+            let is_for_it =
+                |copy: &(&Part, &BTreeSet<Incarnation>)| copy.0.1 == stripe && copy.1.contains(&from);
             let copying = self.copying.iter().find(is_for_it).map(|((transfer, _), _)| *transfer);
             copying.or_else(|| self.exchange.state_under_way(from, stripe))
         };
@@ -581,7 +580,7 @@ impl<G: Gradient> Control<G> {
         }
     }
 
-    fn send_state(&mut self, to: Incarnation, what: (Transfer, Stripe)) {
+    fn send_state(&mut self, to: Incarnation, what: Part) {
         let copy = self.copied.as_ref().filter(|(of, _)| *of == what).and_then(|(_, copy)| copy.upgrade());
         if let Some(copy) = copy {
             return self.exchange.send(to, what, Vec::new(), copy);

@@ -40,6 +40,9 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(2);
 /// How long one message may take to go out. A frozen worker takes nothing.
 const SEND_LIMIT: Duration = Duration::from_secs(10);
 
+/// What is sent: a part of a transfer, or all of it.
+pub(super) type Part = (Transfer, Stripe);
+
 /// Bytes that belong to a transfer, whoever owns them.
 pub(super) type Bytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
 
@@ -193,7 +196,7 @@ impl Exchange {
     pub(super) fn send(
         &mut self,
         to: Incarnation,
-        (transfer, stripe): (Transfer, Stripe),
+        (transfer, stripe): Part,
         present: Vec<Slot>,
         bytes: Bytes,
     ) {
@@ -448,7 +451,7 @@ impl Reception {
 
     fn begin(
         &self,
-        (transfer, stripe): (Transfer, Stripe),
+        (transfer, stripe): Part,
         present: Vec<Slot>,
         size: u64,
     ) -> Result<Incoming, TransportError> {
