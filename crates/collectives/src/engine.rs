@@ -454,6 +454,9 @@ impl Engine {
             if let Some(observer) = &self.rounds {
                 observer.call(index);
             }
+            if self.fault.is_raised() {
+                self.hear_bad_news(&mut running.watch, &[])?;
+            }
             plan.round(index, &mut round);
             for transfer in round.sends.iter_mut().chain(&mut round.receives) {
                 transfer.peer = running.group.member(transfer.peer);
@@ -930,6 +933,10 @@ impl Waiter for HostWaiter<'_> {
         }
         // Messages come over the links, and this step of a collective does not: a frame is due from nobody.
         engine.idle(&waiting_for, |_| false, watch)
+    }
+
+    fn look(&mut self) -> Result<(), Error> {
+        if self.engine.fault.is_raised() { self.hear_bad_news() } else { Ok(()) }
     }
 
     fn end(&mut self) {

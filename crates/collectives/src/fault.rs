@@ -26,7 +26,8 @@ impl Interrupter {
     }
 
     /// Ends the running operation, or the next, of this communicator alone in
-    /// [`Error::Interrupted`](crate::Error::Interrupted). The first reason is kept. Does not block.
+    /// [`Error::Interrupted`](crate::Error::Interrupted), where it waits or between two of its rounds. The first reason is
+    /// kept. Does not block.
     pub fn interrupt(&self, reason: &str) {
         self.fault.raise(|news| {
             news.interrupted.get_or_insert_with(|| reason.to_owned());

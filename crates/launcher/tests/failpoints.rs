@@ -9,6 +9,7 @@ mod job;
 mod training;
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -26,6 +27,12 @@ const SLOW: Duration = Duration::from_millis(30);
 
 /// Elements of the state besides the model's: a copy has several pieces, and its reduction several rounds.
 const BALLAST: usize = 60_000;
+
+/// As many as are under way for longer than a newcomer is waited for at this pace: it enters without the state, which comes
+/// from all others at once then.
+const WIDE_BALLAST: usize = 6_000_000;
+const WIDE_PACE: Duration = Duration::from_millis(5);
+const WIDE_PASSES: u64 = 150;
 
 /// Steps and ranks at which a member dies: rank 0 is the one whose state the job began from, and its launcher's first.
 const PLACES: [(u64, usize); 3] = [(1, 2), (3, 0), (4, 3)];
@@ -64,6 +71,7 @@ fn main() {
                 dies(&format!("rank=2,step=2,op=applied,life=0;rank=2,op={op},life=1{segment}"), &[]);
             }));
         }
+        trials.push(trial("joining::a_state_comes_from_all_others_and_survives_the_death_of_one", stripes));
         for victim in [0, 3] {
             trials.push(trial(
                 format!("saving::rank_{victim}_dies_with_its_share_half_written"),
@@ -72,6 +80,7 @@ fn main() {
                 },
             ));
         }
+        trials.push(trial("a_program_that_panics_in_its_gradient_is_replaced_and_changes_no_bit", panics));
         trials.push(trial("a_worker_that_stops_at_a_point_is_removed_and_comes_back", stops));
         trials.push(trial("a_failpoint_that_makes_no_sense_ends_the_job_with_a_line_that_says_so", nonsense));
         trials.push(trial("while_nothing_fails_no_message_is_said_but_heartbeats", silence));
@@ -86,14 +95,23 @@ struct Paced {
     model: Model,
     ballast: Vec<f64>,
     pace: PathBuf,
+    /// How long a gradient takes until then.
+    slow: Duration,
     hurries: bool,
+    /// Panics where it can make this file, at the third step.
+    panics: Option<PathBuf>,
     /// The elements of a gradient that are not the model's.
     padding: usize,
 }
 
 impl Paced {
     fn new(pace: PathBuf, padding: usize) -> Self {
-        Self { model: Model::new(None), ballast: vec![0.5; BALLAST], pace, hurries: false, padding }
+        let (model, ballast) = (Model::new(None), vec![0.5; BALLAST]);
+        Self { model, ballast, pace, slow: SLOW, hurries: false, panics: None, padding }
+    }
+
+    fn wide(self) -> Self {
+        Self { ballast: vec![0.5; WIDE_BALLAST], slow: WIDE_PACE, ..self }
     }
 }
 
@@ -113,7 +131,12 @@ impl Program for Paced {
     fn gradient(&mut self, samples: &[usize], gradient: &mut [f64]) -> f64 {
         self.hurries = self.hurries || self.pace.exists();
         if !self.hurries {
-            std::thread::sleep(SLOW);
+            std::thread::sleep(self.slow);
+        }
+        if self.model.steps[0] == 2
+            && let Some(file) = &self.panics
+        {
+            assert!(fs::File::create_new(file).is_err(), "this sample is not to my taste");
         }
         let own = self.model.gradient_len();
         self.model.gradient(samples, &mut gradient[..own])
@@ -122,7 +145,8 @@ impl Program for Paced {
     fn apply(&mut self, gradient: &[f64]) {
         self.model.apply(&gradient[..self.model.gradient_len()]);
         let steps = self.model.steps[0] as usize;
-        self.ballast[steps % BALLAST] += gradient[0];
+        let place = steps % self.ballast.len();
+        self.ballast[place] += gradient[0];
     }
 
     fn stable(&mut self, stable: &Stable) {
@@ -138,7 +162,11 @@ fn rank(part: &str, args: &[String]) {
     if part == "saving" {
         (config.checkpoint, config.checkpoint_every) = (Some(Path::new(&args[1]).with_extension("saved")), 4);
     }
-    let mut program = Paced::new(args[1].clone().into(), padding);
+    let program = Paced::new(args[1].clone().into(), padding);
+    let mut program = if part == "wide" { program.wide() } else { program };
+    if part == "panics" {
+        program.panics = Some(Path::new(&args[1]).with_extension("panicked"));
+    }
     match elastic::train(&config, &mut program).unwrap_or_else(|error| panic!("{error}")) {
         End::Complete => println!("complete digest {}", digest(&program)),
         end => println!("ended with {end:?}"),
@@ -242,15 +270,14 @@ fn run(part: &str, failpoints: &str, variables: &[(&str, &str)], padding: usize)
         let words = format!("paceline: rank {victim} ");
         assert!(finished.lines.iter().any(|line| line.starts_with(&words)), "{}", finished.lines.join("\n"));
     }
-    check(&finished, PASSES, padding, folder.path());
+    check(&finished, PASSES, Paced::new(pace, padding));
 }
 
 /// All that are complete have the bits of a run that nobody disturbed.
-fn check(finished: &Finished, passes: u64, padding: usize, folder: &Path) {
+fn check(finished: &Finished, passes: u64, mut program: Paced) {
     let mut config: Config = config(Mode::Slots, passes);
     config.slots = Some(RANKS as u16);
-    // There is a file of that name: this one hurries.
-    let mut program = Paced::new(folder.join("pace"), padding);
+    // There is a file of that name then: this one hurries.
     set_pace(&program.pace, 1);
     let mut quiet = Quiet(&mut program);
     assert_eq!(elastic::train(&config, &mut quiet), Ok(End::Complete));
@@ -289,7 +316,29 @@ fn in_shared_memory() {
     let (pace, passes) = (folder.path().join("pace"), 40);
     let failpoints = "rank=1,step=2,op=reduce_scatter,segment=2,life=0";
     let finished = Watch::start("long", failpoints, &[], passes, &pace).complete_after(1, &pace);
-    check(&finished, passes, 400_000, folder.path());
+    check(&finished, passes, Paced::new(pace, 400_000));
+}
+
+/// Rank 2 dies, and its successor takes the state over while the others wait; of those rank 1 dies with a part of its stripe
+/// sent, and its successor does the same.
+fn stripes() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let pace = folder.path().join("pace");
+    let failpoints = "rank=2,step=2,op=applied,life=0;rank=1,op=stripe,segment=20,life=0";
+    let watch = Watch::start("wide", failpoints, &[], WIDE_PASSES, &pace);
+    let finished = watch.complete_after(2, &pace);
+    check(&finished, WIDE_PASSES, Paced::new(pace, 0).wide());
+}
+
+/// One of the ranks panics, and says so.
+fn panics() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let pace = folder.path().join("pace");
+    let finished = Watch::start("panics", "", &[], PASSES, &pace).complete_after(1, &pace);
+    let said = finished.lines.iter().filter(|line| line.contains("this sample is not to my taste")).count();
+    let reported = finished.lines.iter().any(|line| line.contains("code 101"));
+    assert!(said == 1 && reported, "{}", finished.lines.join("\n"));
+    check(&finished, PASSES, Paced::new(pace, 0));
 }
 
 fn saves(victim: usize) {
@@ -306,7 +355,7 @@ fn stops() {
     watch.until("the others went on without it", others);
     kill_process(watch.pids[&1], Signal::CONT).expect("it is there");
     let finished = watch.complete_after(0, &pace);
-    check(&finished, PASSES, 0, folder.path());
+    check(&finished, PASSES, Paced::new(pace, 0));
 }
 
 fn nonsense() {
@@ -317,8 +366,8 @@ fn nonsense() {
     let (passes, path) = (PASSES.to_string(), pace.to_string_lossy());
     let finished = Job::launch(&flags, &variables, "pace", &[&passes, &path]).finish();
     assert!(!finished.status.success());
-    let expect = "PACELINE_FAILPOINT: `lunch` is none of contribute, reduce_scatter, reduced, applied, pull, ready, install, \
-                  checkpoint, for op=";
+    let expect = "PACELINE_FAILPOINT: `lunch` is none of contribute, reduce_scatter, reduced, applied, pull, stripe, ready, \
+                  install, checkpoint, for op=";
     assert!(finished.lines.iter().any(|line| line.contains(expect)), "{}", finished.lines.join("\n"));
 }
 

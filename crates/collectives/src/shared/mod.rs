@@ -55,6 +55,9 @@ pub(crate) trait Waiter {
     /// Looks for bad news and passes a longer moment.
     fn idle(&mut self, waiting_for: &[usize]) -> Result<(), Error>;
 
+    /// Looks whether somebody has ended this call; one load of an atomic if not.
+    fn look(&mut self) -> Result<(), Error>;
+
     /// The wait is over.
     fn end(&mut self);
 
@@ -219,10 +222,12 @@ impl Host {
         half
     }
 
-    fn begin_round(&self, index: usize) {
+    /// Where the call may end although nothing is waited for.
+    fn begin_round(&self, index: usize, waiter: &mut dyn Waiter) -> Result<(), Error> {
         if let Some(observer) = &self.rounds {
             observer.call(index);
         }
+        waiter.look()
     }
 
     /// Publishes the step and waits until all others have published theirs, for the same call.
@@ -323,7 +328,7 @@ impl Host {
         };
         let stores = self.tuning.stores(bytes, call.buffers.are_one());
         for block in 0..=blocks {
-            self.begin_round(block);
+            self.begin_round(block, call.waiter)?;
             let half = self.enter(call);
             if block < blocks {
                 for owner in (0..world_size).filter(|&owner| owner != rank) {
@@ -468,7 +473,7 @@ impl Host {
         let longest = (0..world_size).map(|owner| owned(call.plan, owner).1).max().unwrap_or(0);
         for step in 0..longest.div_ceil(slot).max(1) {
             if step > 0 {
-                self.begin_round(step);
+                self.begin_round(step, call.waiter)?;
             }
             let half = self.enter(call);
             for owner in (0..world_size).filter(|&owner| owner != rank) {
@@ -539,7 +544,7 @@ impl Host {
         };
         for step in 0..longest.div_ceil(slot).max(1) {
             if step > 0 {
-                self.begin_round(step);
+                self.begin_round(step, call.waiter)?;
             }
             let half = self.enter(call);
             for to in (0..world_size).filter(|&to| to != rank) {

@@ -4,12 +4,12 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use super::book::Book;
-use super::exchange::{Arrival, Bytes, Exchange};
+use super::exchange::{Arrival, Bytes, Exchange, Part};
 use super::failpoint::{Failpoints, Point};
 use super::links::{Fence, News, Order};
 use super::pipe::{self, Contact, FromChild, ToChild};
@@ -22,8 +22,8 @@ use super::{End, draw};
 use crate::Error;
 use crate::checkpoint::{Group, StableStep};
 use crate::membership::{
-    Epoch, Evidence, FromWorker, Incarnation, PeerMessage, Progress, Slot, Step, ToWorker, Transfer, View,
-    Worker, WorkerAction, WorkerEvent,
+    Epoch, Evidence, FromWorker, Incarnation, PeerMessage, Progress, Slot, Step, Stripe, ToWorker, Transfer,
+    View, Worker, WorkerAction, WorkerEvent,
 };
 
 /// How long links that have failed by nobody's fault may wait for a view change: whoever has ended them early is told
@@ -45,10 +45,10 @@ pub(super) enum Input<G> {
         from: Progress,
         inputs: Inputs<G>,
     },
-    /// The program has a copy of its state for another worker.
+    /// The program has a copy of a part of its state for others.
     Saved {
-        to: Incarnation,
         transfer: Transfer,
+        stripe: Stripe,
         copy: Vec<u8>,
     },
     /// All is done here, but for others that may still need something.
@@ -70,10 +70,11 @@ pub(super) enum Command<G> {
         mean: Arc<Vec<G>>,
         present: BTreeSet<Slot>,
     },
-    Load(Vec<u8>),
+    /// Take over a state that comes in these parts.
+    Load(Vec<Vec<u8>>),
     Save {
-        to: Incarnation,
         transfer: Transfer,
+        stripe: Stripe,
     },
     Stable(Stable),
     /// Save the state, which is the one after that step and has this lineage.
@@ -133,8 +134,10 @@ pub(super) struct Control<G> {
     view: Option<View>,
     /// The members of the last view in which a step was reduced, and its epoch: they have reached each other.
     linked: (Epoch, BTreeSet<Incarnation>),
-    /// For whom the program is to make a copy of its state, and of which.
-    copying: BTreeMap<Incarnation, Transfer>,
+    /// Of which states the program is to copy which part, and for whom. One copy serves all who ask for the same.
+    copying: BTreeMap<Part, BTreeSet<Incarnation>>,
+    /// The last copy, as long as it is on its way to somebody.
+    copied: Option<(Part, Weak<Vec<u8>>)>,
     /// The inputs of the next step.
     kept: BTreeMap<Slot, Arc<Vec<G>>>,
     coming: Option<Coming>,
@@ -144,8 +147,8 @@ pub(super) struct Control<G> {
     broken: Option<(Epoch, Instant, String)>,
     /// What has been reduced and is not applied yet.
     reduced: Option<Arc<Vec<G>>>,
-    /// What has been received and is not adopted yet.
-    received: Option<(Vec<Slot>, Vec<u8>)>,
+    /// What has been received and is not adopted yet: a result or a state, of which other parts may be missing.
+    received: BTreeMap<Stripe, (Vec<Slot>, Vec<u8>)>,
     result: Option<Kept<G>>,
     finished: bool,
     /// The state that the job was founded with, if this worker was there.
@@ -182,12 +185,13 @@ impl<G: Gradient> Control<G> {
             view: None,
             linked: (Epoch(0), BTreeSet::new()),
             copying: BTreeMap::new(),
+            copied: None,
             kept: BTreeMap::new(),
             coming: None,
             waiting: None,
             broken: None,
             reduced: None,
-            received: None,
+            received: BTreeMap::new(),
             result: None,
             finished: false,
             founded_from: None,
@@ -242,10 +246,11 @@ impl<G: Gradient> Control<G> {
                 self.received_at = Some(Instant::now());
                 self.tell_core(WorkerEvent::Receiving);
             }
-            Input::Peer(Arrival::Received { from, transfer, present, bytes }) => {
-                self.received = Some((present, bytes));
-                self.tell_core(WorkerEvent::Received { from, transfer });
-                self.received = None;
+            Input::Peer(Arrival::Received { from, transfer, stripe, present, bytes }) => {
+                if self.core.wants(transfer, stripe) {
+                    self.received.insert(stripe, (present, bytes));
+                    self.tell_core(WorkerEvent::Received { from, transfer, stripe });
+                }
             }
             Input::Links(News::Reduced { epoch, step, mean, saved }) => {
                 if self.core.runs_now(epoch, step) {
@@ -258,6 +263,8 @@ impl<G: Gradient> Control<G> {
                     self.tell_core(WorkerEvent::FirstReduced { epoch, step });
                     self.reduced = Some(Arc::new(mean));
                     self.tell_core(WorkerEvent::Reduced { epoch, step });
+                } else {
+                    self.pool.give(Arc::new(mean));
                 }
             }
             Input::Links(News::Unformed { epoch, missing, reason }) => {
@@ -285,11 +292,12 @@ impl<G: Gradient> Control<G> {
                     }
                 }
             }
-            Input::Saved { to, transfer, copy } => {
-                // Unless it has become useless, or another one is to follow.
-                if self.copying.get(&to) == Some(&transfer) {
-                    self.copying.remove(&to);
-                    self.exchange.send(to, transfer, Vec::new(), Arc::new(copy));
+            Input::Saved { transfer, stripe, copy } => {
+                let copy = Arc::new(copy);
+                self.copied = Some(((transfer, stripe), Arc::downgrade(&copy)));
+                // Nobody, if it has become useless.
+                for to in self.copying.remove(&(transfer, stripe)).unwrap_or_default() {
+                    self.exchange.send(to, (transfer, stripe), Vec::new(), copy.clone());
                 }
             }
             Input::Closed => {
@@ -304,12 +312,17 @@ impl<G: Gradient> Control<G> {
 
     /// Whether the state that a worker asks for is on its way to it. Of use to a member is what its view begins with.
     fn is_answered_already(&self, from: Incarnation, message: PeerMessage) -> bool {
-        let under_way = || self.copying.get(&from).copied().or_else(|| self.exchange.state_under_way(from));
+        let under_way = |stripe| {
+            let is_for_it =
+                |copy: &(&Part, &BTreeSet<Incarnation>)| copy.0.1 == stripe && copy.1.contains(&from);
+            let copying = self.copying.iter().find(is_for_it).map(|((transfer, _), _)| *transfer);
+            copying.or_else(|| self.exchange.state_under_way(from, stripe))
+        };
         match message {
-            PeerMessage::Pull { .. } => under_way().is_some(),
-            PeerMessage::Fetch { epoch, .. } if epoch == self.core.epoch() => {
+            PeerMessage::Pull { .. } => under_way(Stripe::WHOLE).is_some(),
+            PeerMessage::Fetch { epoch, stripe, .. } if epoch == self.core.epoch() => {
                 let begins = self.core.decision().map(|decision| decision.resolution.state());
-                under_way().is_some_and(|transfer| Some(transfer.reaches()) == begins)
+                under_way(stripe).is_some_and(|transfer| Some(transfer.reaches()) == begins)
             }
             _ => false,
         }
@@ -322,7 +335,10 @@ impl<G: Gradient> Control<G> {
         let is_useless = |to: Incarnation, transfer: Transfer| {
             decision.view.member(to).is_some() && transfer.reaches() != decision.resolution.state()
         };
-        self.copying.retain(|&to, transfer| !is_useless(to, *transfer));
+        self.copying.retain(|&(transfer, _), whom| {
+            whom.retain(|&to| !is_useless(to, transfer));
+            !whom.is_empty()
+        });
         self.exchange.cancel(is_useless);
     }
 
@@ -461,9 +477,10 @@ impl<G: Gradient> Control<G> {
                 self.tell_launcher(&FromChild::Says(message));
             }
             WorkerAction::Peer { to, message } => self.say(to, message),
-            WorkerAction::Send { to, transfer } => self.send(to, transfer),
+            WorkerAction::Send { to, transfer, stripe } => self.send(to, transfer, stripe),
             WorkerAction::Open(view) => {
                 self.end_useless_transfers();
+                self.received.clear();
                 self.view = Some(view.clone());
                 self.order(Order::Open { view, me: self.core.incarnation() });
             }
@@ -531,9 +548,12 @@ impl<G: Gradient> Control<G> {
     }
 
     fn adopt(&mut self, transfer: Transfer) {
-        let Some((present, bytes)) = self.received.take() else { return };
+        let mut parts = std::mem::take(&mut self.received);
+        // One that comes whole while parts of it do takes their place.
+        let whole = parts.remove(&Stripe::WHOLE);
         match transfer {
             Transfer::Result { after, .. } => {
+                let Some((present, bytes)) = whole else { return };
                 let mut mean = self.pool.take();
                 // The exchange takes in no result of another size.
                 bytemuck::cast_slice_mut(&mut mean).copy_from_slice(&bytes);
@@ -542,23 +562,40 @@ impl<G: Gradient> Control<G> {
             Transfer::State { .. } => {
                 self.forget_inputs();
                 self.forget_result();
-                self.command(Command::Load(bytes));
+                let parts = whole.map_or_else(|| parts.into_values().collect(), |whole| vec![whole]);
+                self.command(Command::Load(parts.into_iter().map(|(_, bytes)| bytes).collect()));
             }
         }
     }
 
-    fn send(&mut self, to: Incarnation, transfer: Transfer) {
+    fn send(&mut self, to: Incarnation, transfer: Transfer, stripe: Stripe) {
         match (transfer, &self.result) {
             (Transfer::Result { after, .. }, Some(kept)) if kept.step == after.applied => {
                 let bytes: Bytes = Arc::new(MeanBytes(kept.mean.clone()));
-                self.exchange.send(to, transfer, kept.present.clone(), bytes);
+                self.exchange.send(to, (transfer, stripe), kept.present.clone(), bytes);
             }
             // Whoever asked does so again, and gets the state.
             (Transfer::Result { .. }, _) => {}
-            (Transfer::State { .. }, _) => {
-                self.copying.insert(to, transfer);
-                self.command(Command::Save { to, transfer });
+            (Transfer::State { .. }, _) => self.send_state(to, (transfer, stripe)),
+        }
+    }
+
+    fn send_state(&mut self, to: Incarnation, what: Part) {
+        let copy = self.copied.as_ref().filter(|(of, _)| *of == what).and_then(|(_, copy)| copy.upgrade());
+        if let Some(copy) = copy {
+            return self.exchange.send(to, what, Vec::new(), copy);
+        }
+        // A newer state takes the place of one that it has not been sent yet.
+        self.copying.retain(|of, whom| {
+            if of.1 == what.1 {
+                whom.remove(&to);
             }
+            !whom.is_empty()
+        });
+        let whom = self.copying.entry(what).or_default();
+        whom.insert(to);
+        if whom.len() == 1 {
+            self.command(Command::Save { transfer: what.0, stripe: what.1 });
         }
     }
 

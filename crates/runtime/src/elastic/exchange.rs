@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
+use paceline_transport::shm::prefer_huge_pages;
 use paceline_transport::tls::{Connection, Endpoint, MessageReceiver, MessageSender};
 use paceline_transport::{Error as TransportError, IoHandle};
 use serde::{Deserialize, Serialize};
@@ -18,7 +19,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::book::Book;
 use super::pipe::Contact;
-use crate::membership::{Incarnation, MAX_SLOTS, PeerMessage, Slot, Transfer};
+use crate::membership::{Incarnation, MAX_SLOTS, PeerMessage, Slot, Stripe, Transfer};
 
 /// A transfer goes in pieces, between which messages may go out: as many bytes as one call of the operating system takes.
 const PIECE_BYTES: usize = 128 * 1024;
@@ -39,6 +40,9 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(2);
 /// How long one message may take to go out. A frozen worker takes nothing.
 const SEND_LIMIT: Duration = Duration::from_secs(10);
 
+/// What is sent: a part of a transfer, or all of it.
+pub(super) type Part = (Transfer, Stripe);
+
 /// Bytes that belong to a transfer, whoever owns them.
 pub(super) type Bytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
 
@@ -53,9 +57,18 @@ pub(super) enum Arrival {
     Received {
         from: Incarnation,
         transfer: Transfer,
+        stripe: Stripe,
         present: Vec<Slot>,
         bytes: Vec<u8>,
     },
+}
+
+/// What is called on the I/O thread; it must not block.
+pub(super) struct Hooks {
+    /// With what comes.
+    pub(super) arrived: Box<dyn Fn(Arrival) + Send + Sync>,
+    /// Before another piece of a transfer goes out, also before its announcement.
+    pub(super) gave: Box<dyn Fn(Stripe) + Send + Sync>,
 }
 
 /// The most bytes that a transfer may have.
@@ -77,6 +90,7 @@ enum Frame {
     /// A transfer begins, in place of one that has not ended; `present` are the slots that have contributed to a result.
     Begin {
         transfer: Transfer,
+        stripe: Stripe,
         present: Vec<Slot>,
         size: u64,
     },
@@ -91,6 +105,7 @@ enum Frame {
 
 struct Parcel {
     transfer: Transfer,
+    stripe: Stripe,
     present: Vec<Slot>,
     bytes: Bytes,
     cancelled: AtomicBool,
@@ -106,6 +121,7 @@ impl Parcel {
 struct Queue {
     messages: mpsc::Receiver<PeerMessage>,
     parcels: mpsc::UnboundedReceiver<Arc<Parcel>>,
+    hooks: Arc<Hooks>,
 }
 
 /// This worker's side.
@@ -114,6 +130,7 @@ pub(super) struct Exchange {
     endpoint: Endpoint,
     book: Arc<Book>,
     me: Arc<Mutex<Incarnation>>,
+    hooks: Arc<Hooks>,
     outgoing: HashMap<Incarnation, Outgoing>,
     accept: tokio::task::JoinHandle<()>,
 }
@@ -141,20 +158,20 @@ impl Drop for Outgoing {
 }
 
 impl Exchange {
-    /// Listens at `endpoint`, and calls `arrived` with what comes, on the I/O thread; it must not block.
+    /// Listens at `endpoint`.
     pub(super) fn new(
         io: IoHandle,
         endpoint: Endpoint,
         book: Arc<Book>,
         me: Incarnation,
         limits: Limits,
-        arrived: impl Fn(Arrival) + Send + Sync + 'static,
+        hooks: Hooks,
     ) -> Self {
-        let me = Arc::new(Mutex::new(me));
+        let (me, hooks) = (Arc::new(Mutex::new(me)), Arc::new(hooks));
         let reception =
-            Arc::new(Reception { book: book.clone(), me: me.clone(), limits, arrived: Box::new(arrived) });
+            Arc::new(Reception { book: book.clone(), me: me.clone(), limits, hooks: hooks.clone() });
         let accept = io.spawn(accept_all(endpoint.clone(), reception));
-        Self { io, endpoint, book, me, outgoing: HashMap::new(), accept }
+        Self { io, endpoint, book, me, hooks, outgoing: HashMap::new(), accept }
     }
 
     /// This worker has another incarnation from now on: what others send to the former one does not arrive.
@@ -176,8 +193,14 @@ impl Exchange {
     }
 
     /// May be lost. Does not block.
-    pub(super) fn send(&mut self, to: Incarnation, transfer: Transfer, present: Vec<Slot>, bytes: Bytes) {
-        let parcel = Arc::new(Parcel { transfer, present, bytes, cancelled: AtomicBool::new(false) });
+    pub(super) fn send(
+        &mut self,
+        to: Incarnation,
+        (transfer, stripe): Part,
+        present: Vec<Slot>,
+        bytes: Bytes,
+    ) {
+        let parcel = Arc::new(Parcel { transfer, stripe, present, bytes, cancelled: AtomicBool::new(false) });
         let outgoing = self.connection(to);
         outgoing.waiting.retain(|waiting| waiting.strong_count() > 0);
         outgoing.waiting.push(Arc::downgrade(&parcel));
@@ -186,11 +209,14 @@ impl Exchange {
         }
     }
 
-    /// The state that is on its way to that worker, as far as is known here. Results are nearly always, and of no use to
-    /// one that lacks what they follow.
-    pub(super) fn state_under_way(&self, to: Incarnation) -> Option<Transfer> {
+    /// The state of which that part, or all, is on its way to that worker, as far as is known here. Results are nearly always,
+    /// and of no use to one that lacks what they follow.
+    pub(super) fn state_under_way(&self, to: Incarnation, stripe: Stripe) -> Option<Transfer> {
         let outgoing = self.outgoing.get(&to).filter(|outgoing| !outgoing.parcels.is_closed())?;
-        let states = outgoing.under_way().filter(|parcel| matches!(parcel.transfer, Transfer::State { .. }));
+        let states = outgoing.under_way().filter(|parcel| {
+            matches!(parcel.transfer, Transfer::State { .. })
+                && [stripe, Stripe::WHOLE].contains(&parcel.stripe)
+        });
         states.map(|parcel| parcel.transfer).last()
     }
 
@@ -215,7 +241,7 @@ impl Exchange {
             let (parcels, sent) = mpsc::unbounded_channel();
             let from = *self.me.lock().unwrap_or_else(PoisonError::into_inner);
             let (endpoint, book) = (self.endpoint.clone(), self.book.clone());
-            let queue = Queue { messages: said, parcels: sent };
+            let queue = Queue { messages: said, parcels: sent, hooks: self.hooks.clone() };
             let delivery = self.io.spawn(deliver_all(endpoint, book, (from, to), queue));
             Outgoing { messages, parcels, waiting: Vec::new(), delivery }
         })
@@ -266,7 +292,7 @@ async fn deliver(
             biased;
             Some(message) = queue.messages.recv() => post(&mut sender, &Frame::Says(message)).await?,
             Some(parcel) = queue.parcels.recv() => {
-                post_transfer(&mut sender, &parcel, &mut queue.messages).await?;
+                post_transfer(&mut sender, &parcel, &mut queue).await?;
             }
             else => return Ok(()),
         }
@@ -285,23 +311,25 @@ async fn post_with(sender: &mut MessageSender, frame: &Frame, bytes: &[u8]) -> R
 async fn post_transfer(
     sender: &mut MessageSender,
     parcel: &Parcel,
-    messages: &mut mpsc::Receiver<PeerMessage>,
+    queue: &mut Queue,
 ) -> Result<(), TransportError> {
     if parcel.is_cancelled() {
         return Ok(());
     }
     let bytes = (*parcel.bytes).as_ref();
-    let (transfer, present) = (parcel.transfer, parcel.present.clone());
-    post(sender, &Frame::Begin { transfer, present, size: bytes.len() as u64 }).await?;
+    let (transfer, stripe, present) = (parcel.transfer, parcel.stripe, parcel.present.clone());
+    (queue.hooks.gave)(stripe);
+    post(sender, &Frame::Begin { transfer, stripe, present, size: bytes.len() as u64 }).await?;
     let mut digest = Xxh3::new();
     for piece in bytes.chunks(PIECE_BYTES) {
-        while let Ok(message) = messages.try_recv() {
+        while let Ok(message) = queue.messages.try_recv() {
             post(sender, &Frame::Says(message)).await?;
         }
         if parcel.is_cancelled() {
             return Ok(());
         }
         digest.update(piece);
+        (queue.hooks.gave)(stripe);
         post_with(sender, &Frame::Piece { size: piece.len() as u32 }, piece).await?;
     }
     post(sender, &Frame::End { digest: digest.digest128() }).await
@@ -317,12 +345,13 @@ struct Reception {
     book: Arc<Book>,
     me: Arc<Mutex<Incarnation>>,
     limits: Limits,
-    arrived: Box<dyn Fn(Arrival) + Send + Sync>,
+    hooks: Arc<Hooks>,
 }
 
 /// A transfer that is coming in.
 struct Incoming {
     transfer: Transfer,
+    stripe: Stripe,
     present: Vec<Slot>,
     bytes: Vec<u8>,
     /// How many of them have come, and the digest of those.
@@ -390,12 +419,12 @@ impl Reception {
             }
             match (frame, incoming.take()) {
                 (Frame::Says(message), begun) => {
-                    (self.arrived)(Arrival::Says { from, message });
+                    (self.hooks.arrived)(Arrival::Says { from, message });
                     incoming = begun;
                 }
-                (Frame::Begin { transfer, present, size }, _) => {
-                    incoming = Some(self.begin(transfer, present, size)?);
-                    (self.arrived)(Arrival::Receiving(transfer));
+                (Frame::Begin { transfer, stripe, present, size }, _) => {
+                    incoming = Some(self.begin((transfer, stripe), present, size)?);
+                    (self.hooks.arrived)(Arrival::Receiving(transfer));
                 }
                 (Frame::Piece { size }, Some(mut begun)) => {
                     let rest = &mut begun.bytes[begun.filled..];
@@ -404,14 +433,15 @@ impl Reception {
                     receiver.recv_bytes(piece).await?;
                     begun.digest.update(piece);
                     begun.filled += piece.len();
-                    (self.arrived)(Arrival::Receiving(begun.transfer));
+                    (self.hooks.arrived)(Arrival::Receiving(begun.transfer));
                     incoming = Some(begun);
                 }
-                (Frame::End { digest }, Some(Incoming { transfer, present, bytes, filled, digest: own })) => {
+                (Frame::End { digest }, Some(begun)) => {
+                    let Incoming { transfer, stripe, present, bytes, filled, digest: own } = begun;
                     if filled != bytes.len() || own.digest128() != digest {
                         return Err(refused("a transfer that is not what was sent"));
                     }
-                    (self.arrived)(Arrival::Received { from, transfer, present, bytes });
+                    (self.hooks.arrived)(Arrival::Received { from, transfer, stripe, present, bytes });
                 }
                 _ => return Err(refused("a message out of turn")),
             }
@@ -419,17 +449,24 @@ impl Reception {
         Ok(())
     }
 
-    fn begin(&self, transfer: Transfer, present: Vec<Slot>, size: u64) -> Result<Incoming, TransportError> {
+    fn begin(
+        &self,
+        (transfer, stripe): Part,
+        present: Vec<Slot>,
+        size: u64,
+    ) -> Result<Incoming, TransportError> {
         let size = usize::try_from(size).unwrap_or(usize::MAX);
         let fits = match transfer {
-            Transfer::State { .. } => size <= self.limits.state,
-            Transfer::Result { .. } => size == self.limits.result,
+            Transfer::State { .. } => size <= self.limits.state && stripe.is_valid(),
+            Transfer::Result { .. } => size == self.limits.result && stripe == Stripe::WHOLE,
         };
         if !fits || present.len() > MAX_SLOTS {
             return Err(refused("a transfer of another size than this program's"));
         }
         // Of zeros, which need no memory before they are written over.
-        Ok(Incoming { transfer, present, bytes: vec![0; size], filled: 0, digest: Xxh3::new() })
+        let mut bytes = vec![0; size];
+        prefer_huge_pages(&mut bytes);
+        Ok(Incoming { transfer, stripe, present, bytes, filled: 0, digest: Xxh3::new() })
     }
 }
 
@@ -459,7 +496,7 @@ mod tests {
         arrived: Receiver<Arrival>,
         go_on: Sender<()>,
         _other: Exchange,
-        _io: [IoThread; 2],
+        io: [IoThread; 2],
     }
 
     const ONE: Incarnation = Incarnation(1);
@@ -491,9 +528,10 @@ mod tests {
             let _ = gate.map(|gate| gate.recv_timeout(PATIENCE));
         };
         let [here, there] = endpoints;
-        let one = Exchange::new(io[0].handle(), here, book.clone(), ONE, limits, |_| {});
-        let other = Exchange::new(io[1].handle(), there, book.clone(), OTHER, limits, arrive);
-        Pair { one, arrived, go_on, _other: other, _io: io }
+        let hooks = |arrived| Hooks { arrived, gave: Box::new(|_| {}) };
+        let one = Exchange::new(io[0].handle(), here, book.clone(), ONE, limits, hooks(Box::new(|_| {})));
+        let other = Exchange::new(io[1].handle(), there, book, OTHER, limits, hooks(Box::new(arrive)));
+        Pair { one, arrived, go_on, _other: other, io }
     }
 
     fn state(steps: u64) -> Transfer {
@@ -503,7 +541,7 @@ mod tests {
     impl Pair {
         /// Begins a long transfer.
         fn begin(&mut self) {
-            self.one.send(OTHER, state(1), Vec::new(), Arc::new(vec![1; LARGE]));
+            self.one.send(OTHER, (state(1), Stripe::WHOLE), Vec::new(), Arc::new(vec![1; LARGE]));
             assert!(matches!(self.arrived.recv_timeout(PATIENCE), Ok(Arrival::Receiving(_))));
         }
 
@@ -536,14 +574,76 @@ mod tests {
         let mut pair = pair();
         pair.begin();
         pair.one.cancel(|to, transfer| to == OTHER && transfer == state(1));
-        assert_eq!(pair.one.state_under_way(OTHER), None);
-        pair.one.send(OTHER, state(2), Vec::new(), Arc::new(vec![2; 3]));
-        assert_eq!(pair.one.state_under_way(OTHER), Some(state(2)));
+        assert_eq!(pair.one.state_under_way(OTHER, Stripe::WHOLE), None);
+        pair.one.send(OTHER, (state(2), Stripe::WHOLE), Vec::new(), Arc::new(vec![2; 3]));
+        assert_eq!(pair.one.state_under_way(OTHER, Stripe::WHOLE), Some(state(2)));
         pair.go_on.send(()).expect("it waits");
         let next = pair.next();
         assert!(
             matches!(next, Arrival::Received { transfer, bytes, .. } if transfer == state(2) && bytes == [2; 3])
         );
+    }
+
+    /// A sender that says something else than it ought to.
+    async fn liar(
+        endpoint: Endpoint,
+        book: Arc<Book>,
+        frames: Vec<(Frame, Vec<u8>)>,
+    ) -> Result<(), TransportError> {
+        let contact = book.get(OTHER).expect("it is known");
+        let connection = endpoint.connect(contact.exchange, &contact.member).await?;
+        let (mut sender, mut receiver) = connection.open_messages().await?;
+        post(&mut sender, &Frame::Hello { from: ONE, to: OTHER }).await?;
+        for (frame, bytes) in frames {
+            post_with(&mut sender, &frame, &bytes).await?;
+        }
+        // The other one says nothing here: this ends when it ends the connection.
+        timeout(PATIENCE, receiver.recv::<Frame>())
+            .await
+            .map_err(|_| timed_out("the end", PATIENCE))?
+            .map(drop)
+    }
+
+    #[test]
+    fn a_transfer_that_is_not_what_was_sent_ends_the_connection_and_nothing_of_it_arrives() {
+        let begin =
+            |size| Frame::Begin { transfer: state(1), stripe: Stripe::WHOLE, present: Vec::new(), size };
+        let (bytes, digest) = (vec![7; 100], xxhash_rust::xxh3::xxh3_128(&[7; 100]));
+        let mut flipped = bytes.clone();
+        flipped[99] ^= 1;
+        let piece = || Frame::Piece { size: 100 };
+        let odd = Frame::Begin {
+            transfer: state(1),
+            stripe: Stripe { index: 3, of: 3 },
+            present: Vec::new(),
+            size: 100,
+        };
+        for (what, frames) in [
+            (
+                "a flipped bit",
+                vec![(begin(100), vec![]), (piece(), flipped), (Frame::End { digest }, vec![])],
+            ),
+            (
+                "the end is missing",
+                vec![(begin(101), vec![]), (piece(), bytes.clone()), (Frame::End { digest }, vec![])],
+            ),
+            ("more than announced", vec![(begin(99), vec![]), (piece(), bytes.clone())]),
+            ("more than a state has", vec![(begin(LARGE as u64 + 1), vec![])]),
+            ("a part that there is not", vec![(odd, vec![])]),
+            ("no beginning", vec![(piece(), bytes)]),
+        ] {
+            let mut pair = pair();
+            pair.go_on.send(()).expect("nobody waits yet");
+            let (endpoint, book) = (pair.one.endpoint.clone(), pair.one.book.clone());
+            let lies = pair.io[0].handle().spawn(liar(endpoint, book, frames));
+            let deadline = std::time::Instant::now() + PATIENCE;
+            while !lies.is_finished() {
+                assert!(std::time::Instant::now() < deadline, "{what}: the connection goes on");
+                std::thread::sleep(LOOK_INTERVAL);
+            }
+            pair.one.say(OTHER, PeerMessage::Soon);
+            assert!(matches!(pair.next(), Arrival::Says { .. }), "{what}: it has arrived");
+        }
     }
 
     proptest! {

@@ -28,6 +28,8 @@ pub enum Point {
     Applied,
     /// While it takes a state over: so many pieces of it have come. It is at no step then.
     Pull,
+    /// While it sends a part of a state to a member that is behind: so many pieces of it have gone out. All others wait then.
+    Stripe,
     /// A member has told it to enter, and it has not passed that on. The step is that of its state.
     Ready,
     /// It has heard that it is a member. The step is that of the state which the view begins from.
@@ -37,12 +39,13 @@ pub enum Point {
 }
 
 impl Point {
-    const NAMES: [(&'static str, Self); 8] = [
+    const NAMES: [(&'static str, Self); 9] = [
         ("contribute", Self::Contribute),
         ("reduce_scatter", Self::ReduceScatter),
         ("reduced", Self::Reduced),
         ("applied", Self::Applied),
         ("pull", Self::Pull),
+        ("stripe", Self::Stripe),
         ("ready", Self::Ready),
         ("install", Self::Install),
         ("checkpoint", Self::Checkpoint),
@@ -50,7 +53,12 @@ impl Point {
 
     /// Whether a pass has a number within its step.
     fn has_segments(self) -> bool {
-        matches!(self, Self::ReduceScatter | Self::Pull)
+        matches!(self, Self::ReduceScatter | Self::Pull | Self::Stripe)
+    }
+
+    /// Whether what passes is at no step.
+    fn is_of_no_step(self) -> bool {
+        matches!(self, Self::Pull | Self::Stripe)
     }
 }
 
@@ -105,10 +113,10 @@ impl FromStr for Failpoint {
             return Err(format!("`{text}` must say rank=… and op=…"));
         };
         if !point.has_segments() && segment.is_some() {
-            return Err("segment= is for op=reduce_scatter and op=pull".to_owned());
+            return Err("segment= is for op=reduce_scatter, op=pull and op=stripe".to_owned());
         }
-        if point == Point::Pull && step.is_some() {
-            return Err("step= is not for op=pull: a newcomer is at no step".to_owned());
+        if point.is_of_no_step() && step.is_some() {
+            return Err("step= is not for op=pull and op=stripe: a state on its way is at no step".to_owned());
         }
         Ok(Self { rank, life, point, step, segment: segment.unwrap_or(0), act })
     }
@@ -145,7 +153,8 @@ pub(super) struct Failpoints {
 #[derive(Default)]
 struct Position {
     step: AtomicU64,
-    pieces: AtomicU64,
+    taken: AtomicU64,
+    given: AtomicU64,
 }
 
 impl Failpoints {
@@ -189,12 +198,22 @@ impl Failpoints {
 
     /// Another piece of a state is coming in; the announcement before the first one counts as one.
     #[inline]
-    pub(super) fn pass_piece(&self) {
+    pub(super) fn take_piece(&self) {
+        self.pass_piece(Point::Pull, &self.position.taken);
+    }
+
+    /// Another piece of a part of a state is going out, counted in the same way.
+    #[inline]
+    pub(super) fn give_piece(&self) {
+        self.pass_piece(Point::Stripe, &self.position.given);
+    }
+
+    #[inline]
+    fn pass_piece(&self, point: Point, pieces: &AtomicU64) {
         if !self.armed.is_empty() {
-            let piece = self.position.pieces.fetch_add(1, Ordering::Relaxed);
-            let of_pulls =
-                |failpoint: &&Failpoint| failpoint.point == Point::Pull && failpoint.segment == piece;
-            self.armed.iter().find(of_pulls).into_iter().for_each(|failpoint| fail(failpoint.act));
+            let piece = pieces.fetch_add(1, Ordering::Relaxed);
+            let is_here = |failpoint: &&Failpoint| failpoint.point == point && failpoint.segment == piece;
+            self.armed.iter().find(is_here).into_iter().for_each(|failpoint| fail(failpoint.act));
         }
     }
 
@@ -258,6 +277,7 @@ mod tests {
             ("rank=2,op=ready,rank=3", "`rank` is there twice"),
             ("rank=2,op=applied,segment=1", "segment= is for op=reduce_scatter"),
             ("rank=2,op=pull,step=1", "step= is not for op=pull"),
+            ("rank=2,op=stripe,step=1", "step= is not for op=pull and op=stripe"),
         ] {
             let error = parse(text).expect_err(text);
             assert!(error.contains(expect) && !error.contains('\n'), "{text}: {error}");
@@ -272,7 +292,8 @@ mod tests {
         assert_eq!((of(2, 0), of(2, 1), of(1, 4), of(0, 0)), (2, 1, 1, 0));
         let none = Failpoints::of(wanted, 0, 0);
         none.pass(Point::Applied, Step(1));
-        none.pass_piece();
+        none.take_piece();
+        none.give_piece();
         assert!(none.between_rounds().is_none());
     }
 }

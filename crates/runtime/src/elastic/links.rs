@@ -136,12 +136,16 @@ impl Links {
                     };
                     self.failpoints.begin_step(step);
                     self.failpoints.pass(Point::Contribute, step);
-                    let reduced = sum::mean(communicator, &shares, &inputs, pool.take())
+                    let mut mean = pool.take();
+                    let reduced = sum::mean(communicator, &shares, &inputs, &mut mean)
                         .map_err(Error::from)
-                        .and_then(|mean| Ok((mean, saving.agree(communicator, step)?)));
+                        .and_then(|()| saving.agree(communicator, step));
                     match reduced {
-                        Ok((mean, saved)) => News::Reduced { epoch, step, mean, saved },
-                        Err(error) => failed(view, &error),
+                        Ok(saved) => News::Reduced { epoch, step, mean, saved },
+                        Err(error) => {
+                            pool.give(Arc::new(mean));
+                            failed(view, &error)
+                        }
                     }
                 }
             };
@@ -159,6 +163,7 @@ impl Links {
         let (deadline, epoch) = (Instant::now() + FORMING_LIMIT, view.epoch);
         let started = Instant::now();
         let transport = self.link(view, me, deadline)?;
+        let linked = started.elapsed();
         let fence = &self.fence;
         let gave_up = || fence.is_closed(epoch).then(|| "the membership has changed".to_owned());
         let transport = shm::upgrade(transport, self.sharing, deadline, &gave_up)?;
@@ -168,11 +173,12 @@ impl Links {
             communicator.on_round(observer);
         }
         self.fence.guard(epoch, &communicator);
-        let elapsed_us = started.elapsed().as_micros() as u64;
+        let (elapsed_us, connecting_us) = (started.elapsed().as_micros() as u64, linked.as_micros() as u64);
         tracing::info!(
             epoch = epoch.0,
             members = view.members.len(),
             links,
+            connecting_us,
             elapsed_us,
             "members are connected"
         );

@@ -13,7 +13,7 @@ use paceline_transport::{Fabric, IoThread, quic, tls};
 
 use super::book::Book;
 use super::control::{Command, Control, Input, Wires};
-use super::exchange::{Arrival, Exchange, Limits, QUEUE_LIMIT};
+use super::exchange::{Arrival, Exchange, Hooks, Limits, QUEUE_LIMIT};
 use super::failpoint::{Failpoints, Point};
 use super::links::{Door, Fence, Links};
 use super::pipe::{self, Contact, FromChild, ToChild, Welcome, Wish};
@@ -21,7 +21,7 @@ use super::program::Program;
 use super::training::Training;
 use super::{Config, End, Stop, draw};
 use crate::env::{self, ElasticEnv};
-use crate::membership::{Step, Transfer, Worker};
+use crate::membership::{Step, Stripe, Transfer, Worker};
 use crate::{Error, renewal};
 
 /// How long the launcher may take to answer. It does so at once.
@@ -29,6 +29,10 @@ const WELCOME_LIMIT: Duration = Duration::from_secs(30);
 
 /// How long the launcher may take to read what this worker says. It has a thread for that.
 const PIPE_LIMIT: Duration = Duration::from_secs(10);
+
+/// A state comes in stripes of at least so many bytes: shorter ones come as soon from one member, since each further member is
+/// one more connection to make.
+const STRIPE_BYTES: usize = 8 << 20;
 
 /// See [`train`](super::train).
 pub(super) fn train<P: Program>(
@@ -71,11 +75,18 @@ pub(super) fn train<P: Program>(
     let pieces = failpoints.clone();
     let arrived = move |arrival| {
         if matches!(arrival, Arrival::Receiving(Transfer::State { .. })) {
-            pieces.pass_piece();
+            pieces.take_piece();
         }
         drop(arrivals.send(Input::Peer(arrival)));
     };
-    let exchange = Exchange::new(io.handle(), endpoint, book.clone(), me, limits, arrived);
+    let gives = failpoints.clone();
+    let gave = move |stripe| {
+        if stripe != Stripe::WHOLE {
+            gives.give_piece();
+        }
+    };
+    let hooks = Hooks { arrived: Box::new(arrived), gave: Box::new(gave) };
+    let exchange = Exchange::new(io.handle(), endpoint, book.clone(), me, limits, hooks);
     let links = Links {
         door,
         job: identity.job().to_owned(),
@@ -95,7 +106,9 @@ pub(super) fn train<P: Program>(
     spawn("link-news", move || telling.into_iter().for_each(|told| drop(news.send(Input::Links(told)))))?;
     let start = Instant::now();
     let (core, first) = Worker::new(welcome.job, me, state, Duration::ZERO);
-    let core = (core.with_state_worth(state_worth(training.state_size(), limits.result)), first);
+    let size = training.state_size();
+    let core = core.with_state_worth(state_worth(size, limits.result)).with_stripes(size / STRIPE_BYTES);
+    let core = (core, first);
     let wires = Wires { pipe: pipe.clone(), orders, commands };
     let pool = training.pool().clone();
     let control =
@@ -229,9 +242,9 @@ fn serve<P: Program>(
                 training.apply(&mean, &present);
                 failpoints.pass(Point::Applied, step);
             }
-            Command::Load(copy) => training.load(&copy)?,
-            Command::Save { to, transfer } => {
-                let _ = inputs.send(Input::Saved { to, transfer, copy: training.save()? });
+            Command::Load(parts) => training.load(&parts)?,
+            Command::Save { transfer, stripe } => {
+                let _ = inputs.send(Input::Saved { transfer, stripe, copy: training.save(stripe)? });
             }
             Command::Stable(stable) => training.program().stable(&stable),
             Command::Checkpoint { stable, lineage, group } => {

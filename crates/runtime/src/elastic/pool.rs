@@ -3,6 +3,8 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use paceline_transport::shm::prefer_huge_pages;
+
 use super::program::Gradient;
 
 /// The most buffers that are kept: a step has an input and a result, and so has the one before.
@@ -23,19 +25,25 @@ impl<G: Gradient> Pool<G> {
     /// A buffer with any elements.
     pub(super) fn take(&self) -> Vec<G> {
         let kept = self.lock().pop();
-        kept.unwrap_or_else(|| vec![G::default(); self.len])
+        kept.unwrap_or_else(|| self.fresh())
     }
 
     /// A buffer of zeros.
     pub(super) fn take_zeroed(&self) -> Vec<G> {
         let kept = self.lock().pop();
         kept.map_or_else(
-            || vec![G::default(); self.len],
+            || self.fresh(),
             |mut buffer| {
                 buffer.fill(G::default());
                 buffer
             },
         )
+    }
+
+    fn fresh(&self) -> Vec<G> {
+        let mut buffer = vec![G::default(); self.len];
+        prefer_huge_pages(bytemuck::cast_slice_mut(&mut buffer));
+        buffer
     }
 
     /// Takes a buffer back, unless somebody still reads it.

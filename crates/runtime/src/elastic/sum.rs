@@ -50,24 +50,25 @@ impl Shares {
 }
 
 /// Reduces this member's inputs, in the order of its slots, with those of the others. All inputs have one length, the
-/// same on all members, and so has `result`, which is written whole. Blocks. The inputs stay as they are.
+/// same on all members, and so has `result`, which is written whole; after an error it may have any elements. Blocks. The
+/// inputs stay as they are.
 pub(super) fn mean<G: Gradient>(
     communicator: &mut Communicator,
     shares: &Shares,
     inputs: &[Arc<Vec<G>>],
-    mut result: Vec<G>,
-) -> Result<Vec<G>, Error> {
+    result: &mut Vec<G>,
+) -> Result<(), Error> {
     let (world_size, len) = (communicator.world_size(), result.len());
     if shares.are_in_rank_order()
         && let [input] = inputs
     {
         let all_count = usize::from(shares.contributors) == world_size;
         let op = if all_count { ReduceOp::Avg } else { ReduceOp::Sum };
-        communicator.all_reduce_into(input, &mut result, op)?;
+        communicator.all_reduce_into(input, result, op)?;
         if !all_count {
-            divide(&mut result, shares.contributors);
+            divide(result, shares.contributors);
         }
-        return Ok(result);
+        return Ok(());
     }
     // Everybody owns a part, also of a gradient with fewer elements than members: see the module's comment.
     let part = len.div_ceil(world_size).max(1);
@@ -82,9 +83,9 @@ pub(super) fn mean<G: Gradient>(
     add(&sources, &mut own);
     divide(&mut own, shares.contributors);
     result.resize(part * world_size, G::default());
-    communicator.all_gather(&own, &mut result)?;
+    let gathered = communicator.all_gather(&own, result);
     result.truncate(len);
-    Ok(result)
+    gathered
 }
 
 /// Gives each member its part of this one's inputs, and returns what all have of this one's part, by rank and slot.
@@ -195,9 +196,10 @@ mod tests {
                 thread::spawn(move || {
                     let mut communicator = Communicator::new(Box::new(transport), Config::default())?;
                     let inputs: Vec<_> = own.into_iter().map(|slot| gradient(slot, len)).collect();
-                    let mean = mean(&mut communicator, &shares, &inputs, vec![G::default(); len])?;
+                    let mut result = vec![G::default(); len];
+                    mean(&mut communicator, &shares, &inputs, &mut result)?;
                     communicator.leave()?;
-                    Ok::<_, Error>(mean)
+                    Ok::<_, Error>(result)
                 })
             })
             .collect();

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use paceline_transport::shm::prefer_huge_pages;
 use paceline_transport::wire;
 use serde::{Deserialize, Serialize};
 
@@ -14,7 +15,7 @@ use super::saver::{Position, Saver, Saving};
 use crate::Error;
 use crate::checkpoint::{Group, StableStep};
 use crate::digest::Digest;
-use crate::membership::{Ledger, Progress, Slot, Step};
+use crate::membership::{Ledger, Progress, Slot, Step, Stripe};
 
 /// A program that is trained, on the thread that calls it.
 pub(super) struct Training<'p, P: Program> {
@@ -154,34 +155,69 @@ impl<'p, P: Program> Training<'p, P> {
         self.ledger.commit(present);
     }
 
-    /// A copy of the state.
-    pub(super) fn save(&mut self) -> Result<Vec<u8>, Error> {
+    /// A copy of a part of the state: of all tensors one after the other so many bytes, and of the rest everything.
+    pub(super) fn save(&mut self, stripe: Stripe) -> Result<Vec<u8>, Error> {
         let layout = self.layout();
         let header = Header { ledger: self.ledger.clone(), closed: self.closed, layout };
         let header = wire::encode(&header).map_err(|e| Error::Transport(e.into()))?;
-        let mut copy = (header.len() as u32).to_le_bytes().to_vec();
-        copy.extend_from_slice(&header);
-        self.program.state().iter().for_each(|tensor| copy.extend_from_slice(tensor.bytes));
+        let wanted = stripe.range(self.state_size());
+        let prefix = (header.len() as u32).to_le_bytes();
+        let mut copy = vec![0; prefix.len() + header.len() + wanted.len()];
+        prefer_huge_pages(&mut copy);
+        let (front, mut rest) = copy.split_at_mut(prefix.len() + header.len());
+        front[..prefix.len()].copy_from_slice(&prefix);
+        front[prefix.len()..].copy_from_slice(&header);
+        let mut before = 0;
+        for tensor in self.program.state() {
+            let len = tensor.bytes.len();
+            let [start, end] = [wanted.start, wanted.end].map(|place| place.saturating_sub(before).min(len));
+            let (part, after) = rest.split_at_mut(end - start);
+            part.copy_from_slice(&tensor.bytes[start..end]);
+            (rest, before) = (after, before + len);
+        }
         Ok(copy)
     }
 
-    /// Takes over a copy of a state. One that does not fit changes nothing.
-    pub(super) fn load(&mut self, copy: &[u8]) -> Result<(), Error> {
+    /// Takes over a state of which these are the parts, in order. One that does not fit changes nothing.
+    pub(super) fn load(&mut self, copies: &[Vec<u8>]) -> Result<(), Error> {
         let wrong = |reason: &str| Error::Usage { reason: format!("the state of another member {reason}") };
-        let (length, rest) = copy.split_at_checked(PREFIX_BYTES).ok_or_else(|| wrong("is cut off"))?;
-        let length = u32::from_le_bytes(length.try_into().expect("4 bytes")) as usize;
-        let (header, mut rest) = rest.split_at_checked(length).ok_or_else(|| wrong("is cut off"))?;
+        let (size, of) = (self.state_size(), copies.len() as u16);
+        let mut headers = BTreeSet::new();
+        let mut parts = Vec::with_capacity(copies.len());
+        for (index, copy) in (0..of).zip(copies) {
+            let (length, rest) = copy.split_at_checked(PREFIX_BYTES).ok_or_else(|| wrong("is cut off"))?;
+            let length = u32::from_le_bytes(length.try_into().expect("4 bytes")) as usize;
+            let (header, part) = rest.split_at_checked(length).ok_or_else(|| wrong("is cut off"))?;
+            if part.len() != (Stripe { index, of }).range(size).len() {
+                return Err(wrong("has another size; start the same program on all workers"));
+            }
+            headers.insert(header);
+            parts.push(part);
+        }
+        let (Some(header), 1) = (headers.first(), headers.len()) else {
+            return Err(wrong("is not the same on all members that have sent a part of it"));
+        };
         let header: Header = wire::decode(header).map_err(|e| Error::Transport(e.into()))?;
         if header.layout != self.layout() {
             return Err(wrong("has other tensors than this program; start the same program on all workers"));
         }
-        if rest.len() != self.state_size() || !header.ledger.fits(self.slots) {
-            return Err(wrong("has another size, or another number of slots"));
+        if !header.ledger.fits(self.slots) {
+            return Err(wrong("has another number of slots"));
         }
+        let mut parts = parts.into_iter();
+        let mut part: &[u8] = &[];
         for tensor in self.program.state() {
-            let (bytes, after) = rest.split_at(tensor.bytes.len());
-            tensor.bytes.copy_from_slice(bytes);
-            rest = after;
+            let mut rest = tensor.bytes;
+            while !rest.is_empty() {
+                if part.is_empty() {
+                    part = parts.next().expect("the parts have as many bytes as the tensors");
+                    continue;
+                }
+                let (now, later) = rest.split_at_mut(rest.len().min(part.len()));
+                let (bytes, after) = part.split_at(now.len());
+                now.copy_from_slice(bytes);
+                (rest, part) = (later, after);
+            }
         }
         (self.ledger, self.closed) = (header.ledger, header.closed);
         Ok(())
@@ -195,5 +231,78 @@ impl<'p, P: Program> Training<'p, P> {
             .map(|tensor| format!("{} {} {}", tensor.name, tensor.dtype, tensor.bytes.len()))
             .collect();
         Digest::of(described.iter().map(String::as_bytes)).0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::program::Tensor;
+    use super::*;
+
+    /// Tensors of other sizes than the parts in which they come.
+    struct Three(Vec<f64>, Vec<f64>, Vec<f64>);
+
+    impl Program for Three {
+        type Gradient = f64;
+
+        fn gradient_len(&self) -> usize {
+            1
+        }
+
+        fn state(&mut self) -> Vec<Tensor<'_>> {
+            let Self(one, two, three) = self;
+            vec![Tensor::new("one", one), Tensor::new("two", two), Tensor::new("three", three)]
+        }
+
+        fn gradient(&mut self, _: &[usize], _: &mut [f64]) -> f64 {
+            0.0
+        }
+
+        fn apply(&mut self, _: &[f64]) {}
+    }
+
+    fn three(salt: f64) -> Three {
+        let tensor = |len: u32| (0..len).map(|i| f64::from(i) + salt).collect();
+        Three(tensor(3), tensor(0), tensor(11))
+    }
+
+    fn training(program: &mut Three) -> Training<'_, Three> {
+        Training::new(program, &Config::new(4, 4), 1).expect("a training")
+    }
+
+    fn parts(training: &mut Training<'_, Three>, of: u16) -> Vec<Vec<u8>> {
+        (0..of).map(|index| training.save(Stripe { index, of }).expect("a copy")).collect()
+    }
+
+    #[test]
+    fn a_state_is_the_same_in_however_many_parts_it_comes() {
+        let mut source = three(0.5);
+        for of in [1, 2, 3, 7, 8] {
+            let (mut program, copies) = (three(100.0), parts(&mut training(&mut source), of));
+            training(&mut program).load(&copies).expect("it fits");
+            assert_eq!((&program.0, &program.2), (&source.0, &source.2), "{of} parts");
+        }
+    }
+
+    #[test]
+    fn parts_that_do_not_make_one_state_change_nothing() {
+        let (mut source, mut other) = (three(0.5), three(0.5));
+        let copies = parts(&mut training(&mut source), 3);
+        let mut further = training(&mut other);
+        further.apply(&[0.0, 0.0], &BTreeSet::from([0]));
+        let of_another_step = parts(&mut further, 3);
+        let mut program = three(100.0);
+        let mut fails = |copies: &[Vec<u8>], reason: &str| {
+            let error = training(&mut program).load(copies).expect_err("it does not fit").to_string();
+            assert!(error.contains(reason), "{error}");
+        };
+        fails(&copies[..2], "another size");
+        fails(&[], "not the same");
+        fails(&[copies[0][..3].to_vec()], "cut off");
+        fails(
+            &[copies[0].clone(), of_another_step[1].clone(), copies[2].clone()],
+            "not the same on all members",
+        );
+        assert_eq!(program.0, three(100.0).0);
     }
 }

@@ -1,6 +1,7 @@
 //! What launchers and workers say to each other, and its form on the wire.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 use paceline_transport::wire::{self, WireError};
 use serde::de::DeserializeOwned;
@@ -228,8 +229,10 @@ pub enum PeerMessage {
     Fetch {
         /// The epoch of the view.
         epoch: Epoch,
-        /// The state that the sender has.
+        /// The state that the sender has; `None` also where it asks for a part of a whole one.
         have: Option<Progress>,
+        /// Which part of it.
+        stripe: Stripe,
     },
     /// From a newcomer: send the next stable state, or what came after mine, and then every stable step.
     Pull {
@@ -276,6 +279,35 @@ impl Transfer {
             Self::Result { after, .. } => after,
             Self::State { state } => state,
         }
+    }
+}
+
+/// The most parts that a state comes in.
+pub const MAX_STRIPES: usize = 8;
+
+/// A part of a transfer, which is as long as each other one but for a byte. Members have the same state, so parts of it may come
+/// from several of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Stripe {
+    /// Its number, from 0.
+    pub index: u16,
+    /// How many there are.
+    pub of: u16,
+}
+
+impl Stripe {
+    /// All of it.
+    pub const WHOLE: Self = Self { index: 0, of: 1 };
+
+    /// Whether there can be such a part.
+    pub fn is_valid(self) -> bool {
+        self.index < self.of && usize::from(self.of) <= MAX_STRIPES
+    }
+
+    /// Where it is in `len` bytes.
+    pub fn range(self, len: usize) -> Range<usize> {
+        let start = |index: u16| (len as u128 * u128::from(index) / u128::from(self.of)) as usize;
+        start(self.index)..start(self.index + 1)
     }
 }
 

@@ -44,6 +44,7 @@
 //! | `settings` | what a job agrees on |
 //! | `mutation` | defects on purpose, for the simulator |
 //! | `sim` | the simulator, its faults and its checks (tests only) |
+//! | `model` | every order of events of small jobs (tests only) |
 
 mod launcher;
 mod message;
@@ -60,8 +61,8 @@ mod worker;
 
 pub use launcher::{Child, Launcher, LauncherAction, LauncherEvent};
 pub use message::{
-    Ballot, Checked, Decision, Envelope, Evidence, FromWorker, MAX_SOURCES, Message, PeerMessage, ToWorker,
-    Transfer, decode, encode,
+    Ballot, Checked, Decision, Envelope, Evidence, FromWorker, MAX_SOURCES, MAX_STRIPES, Message,
+    PeerMessage, Stripe, ToWorker, Transfer, decode, encode,
 };
 pub use progress::{Progress, Report, Resolution, Step};
 pub use samples::Ledger;

@@ -3,16 +3,18 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::message::{Decision, Evidence, FromWorker, PeerMessage, ToWorker, Transfer};
+use super::message::{Decision, Evidence, FromWorker, MAX_STRIPES, PeerMessage, Stripe, ToWorker, Transfer};
 use super::mutation::Mutation;
 use super::progress::{Progress, Report, Step};
 use super::settings::{CatchUp, Job};
-use super::view::{Epoch, Incarnation, MAX_WORKERS, Member, Slot, View};
+use super::view::{Epoch, Incarnation, Member, Slot, View};
 
+mod catching_up;
 mod newcomers;
 #[cfg(test)]
 mod tests;
 
+use catching_up::Part;
 use newcomers::Follower;
 
 /// What a worker hears.
@@ -35,6 +37,8 @@ pub enum WorkerEvent {
         from: Incarnation,
         /// What they are.
         transfer: Transfer,
+        /// Which part of it.
+        stripe: Stripe,
     },
     /// The link to a worker of the view has ended.
     PeerClosed {
@@ -91,6 +95,8 @@ pub enum WorkerAction {
         to: Incarnation,
         /// Which bytes.
         transfer: Transfer,
+        /// Which part of them.
+        stripe: Stripe,
     },
     /// Form the communicator of a new view; the program's collectives go on there.
     Open(View),
@@ -115,7 +121,7 @@ pub enum WorkerAction {
     /// Keep the whole result of a step and let the optimizer apply it. Its inputs are not needed any more: if
     /// the step is run again, then only in a view that this worker is not in.
     Apply(Step),
-    /// Apply or load what was received.
+    /// Apply or load what was received, all parts of it.
     Adopt(Transfer),
     /// Every member has applied this step: it may be shown outside.
     Stable(Step),
@@ -160,17 +166,19 @@ pub struct Worker {
     /// The epoch in which it asked to enter. An incarnation asks in one epoch only: it may have been in the
     /// next view and removed before it knew.
     asked_to_enter: Option<Epoch>,
-    /// Whom it asks for what it lacks, as an index that goes up, and when it asks the next one.
+    /// Whom it has asked last for what it lacks, as an index that goes up, and when it asks again.
     source: usize,
     ask_at: Option<Duration>,
+    /// What it asks for, each part of another source: of a whole state, a transfer has as many stripes. Empty before it asks.
+    parts: Vec<Part>,
+    /// The most stripes that a state comes in.
+    stripes_limit: usize,
     /// Whom it has asked last from outside: there is a connection between them.
     asked: Option<Incarnation>,
-    /// Whether the one that was asked last has said that it will answer.
-    promised: bool,
     beat_at: Duration,
     lost_links: BTreeMap<Incarnation, Duration>,
     /// Members that asked before this worker knew the view that they are in.
-    early: BTreeMap<Incarnation, (Epoch, Option<Progress>)>,
+    early: BTreeMap<Incarnation, (Epoch, Option<Progress>, Stripe)>,
     /// Newcomers that asked between two views, with what they have: each would wait before it asks somebody else.
     pulls: BTreeMap<Incarnation, Option<Progress>>,
     /// Newcomers that are sent stable steps.
@@ -224,8 +232,9 @@ impl Worker {
             asked_to_enter: None,
             source: me.0 as usize,
             ask_at: None,
+            parts: Vec::new(),
+            stripes_limit: 1,
             asked: None,
-            promised: false,
             beat_at: now,
             lost_links: BTreeMap::new(),
             early: BTreeMap::new(),
@@ -245,6 +254,14 @@ impl Worker {
     #[must_use]
     pub fn with_state_worth(mut self, results: u64) -> Self {
         self.state_worth = results;
+        self
+    }
+
+    /// With whole states that come in so many stripes at most, each from another member; one unless said otherwise. A state
+    /// that is a small part of a second's bytes comes no sooner for it.
+    #[must_use]
+    pub fn with_stripes(mut self, limit: usize) -> Self {
+        self.stripes_limit = limit.clamp(1, MAX_STRIPES);
         self
     }
 
@@ -310,7 +327,7 @@ impl Worker {
             WorkerEvent::Launcher(ToWorker::Retire) if self.standing == Standing::Outside => self.fenced(),
             WorkerEvent::Launcher(ToWorker::Retire) => {}
             WorkerEvent::Peer { from, message } => self.on_peer(from, message),
-            WorkerEvent::Received { from, transfer } => self.on_received(from, transfer),
+            WorkerEvent::Received { from, transfer, stripe } => self.on_received(from, transfer, stripe),
             WorkerEvent::PeerClosed { peer, evidence } => self.on_closed(peer, evidence),
             WorkerEvent::Receiving => self.ask_at = self.ask_at.map(|_| self.now + self.job.timing.suspect),
             WorkerEvent::Submitted { from, slots } => self.on_submitted(from, &slots),
@@ -396,7 +413,7 @@ impl Worker {
         self.running = false;
         self.asked_to_leave = false;
         self.ask_at = None;
-        self.promised = false;
+        self.parts.clear();
         self.lost_links.clear();
         self.followers.clear();
         let view = decision.view.clone();
@@ -426,6 +443,7 @@ impl Worker {
         self.holder = false;
         self.previous = None;
         self.asked_to_enter = None;
+        self.parts.clear();
         self.early.clear();
         self.pulls.clear();
         self.act(if self.leaving { WorkerAction::Left } else { WorkerAction::Draw });
@@ -540,146 +558,6 @@ impl Worker {
         self.current = Some(current);
         self.submitted.clear();
         self.computing.clear();
-    }
-
-    // ---- catching up ----
-
-    /// Has the next question go to the one that answered the last one from outside, if the view can be asked of it.
-    fn prefer_whom_it_has_asked(&mut self) {
-        let sources = self.decision.iter().flat_map(|decision| &decision.resolution.sources);
-        let asked = self.asked.take();
-        if let Some(place) = sources.copied().position(|source| Some(source) == asked) {
-            self.source = place.wrapping_sub(1);
-        }
-    }
-
-    /// Asks the next source, or the same one again if that has said that it will answer: a member that is behind for the
-    /// state its view begins with, a newcomer for the next stable one.
-    fn ask(&mut self) {
-        self.ask_at = None;
-        let Some(decision) = &self.decision else { return };
-        let (behind, epoch, have) = (self.standing == Standing::Behind, self.epoch(), self.current);
-        let sources: Vec<Incarnation> = match self.standing {
-            Standing::Behind => decision.resolution.sources.clone(),
-            Standing::Outside => decision.view.members.iter().map(|member| member.incarnation).collect(),
-            _ => return,
-        };
-        if sources.is_empty() {
-            return;
-        }
-        if !std::mem::take(&mut self.promised) {
-            self.source = self.source.wrapping_add(1);
-        }
-        let to = sources[self.source % sources.len()];
-        self.asked = (!behind).then_some(to);
-        let message = if behind { PeerMessage::Fetch { epoch, have } } else { PeerMessage::Pull { have } };
-        self.ask_at = Some(self.now + self.job.timing.suspect);
-        self.act(WorkerAction::Peer { to, message });
-    }
-
-    fn on_received(&mut self, from: Incarnation, transfer: Transfer) {
-        let state = transfer.reaches();
-        let wanted = match (self.standing, transfer) {
-            (Standing::Behind | Standing::Outside, Transfer::Result { before, .. }) => {
-                self.replays() && self.current == Some(before)
-            }
-            (Standing::Behind, Transfer::State { .. }) => true,
-            // Of two sources the slower one has the older state.
-            (Standing::Outside, Transfer::State { .. }) => {
-                self.current != Some(state) && state.applied >= self.stable
-            }
-            _ => false,
-        };
-        let target = self.decision.as_ref().map(|decision| decision.resolution.state());
-        if !wanted || (self.standing == Standing::Behind && target != Some(state)) {
-            return;
-        }
-        let before = match transfer {
-            Transfer::Result { before, .. } => Some(before),
-            Transfer::State { .. } => None,
-        };
-        self.promised = false;
-        self.move_to(before, state);
-        self.act(WorkerAction::Adopt(transfer));
-        if self.standing == Standing::Behind {
-            self.ask_at = None;
-            self.settle();
-        } else {
-            // Only stable states are given to newcomers.
-            self.stable = state.applied;
-            self.ask_at = Some(self.now + self.job.timing.suspect);
-            self.act(WorkerAction::Peer { to: from, message: PeerMessage::Pulled { have: state } });
-        }
-    }
-
-    fn on_peer(&mut self, from: Incarnation, message: PeerMessage) {
-        match message {
-            PeerMessage::Fetch { epoch, have } => self.on_fetch(from, epoch, have),
-            PeerMessage::Pull { have } => match self.standing {
-                Standing::Going => self.on_pull(from, have),
-                Standing::Behind | Standing::Stopped if self.pulls.len() < MAX_WORKERS => {
-                    self.pulls.insert(from, have);
-                }
-                _ => {}
-            },
-            PeerMessage::Pulled { have } => self.on_pulled(from, have),
-            PeerMessage::Enter { epoch } => self.on_enter(epoch),
-            PeerMessage::Soon if self.ask_at.is_some() => {
-                self.promised = true;
-                self.ask_at = Some(self.now + self.job.timing.suspect);
-            }
-            _ => {}
-        }
-    }
-
-    fn on_enter(&mut self, epoch: Epoch) {
-        let enters = self.standing == Standing::Outside && !self.leaving;
-        if enters && epoch == self.epoch() {
-            self.asked_to_enter = Some(epoch);
-            self.act(WorkerAction::Launcher(FromWorker::Ready { epoch }));
-        }
-    }
-
-    /// Whether whoever lacks a step applies its result.
-    fn replays(&self) -> bool {
-        self.job.catch_up == CatchUp::Results
-    }
-
-    fn on_fetch(&mut self, from: Incarnation, epoch: Epoch, have: Option<Progress>) {
-        if epoch > self.epoch() && (self.early.len() < MAX_WORKERS || self.early.contains_key(&from)) {
-            self.early.insert(from, (epoch, have));
-        } else if epoch == self.epoch() {
-            self.serve(from, have);
-        }
-    }
-
-    fn serve_early(&mut self) {
-        let epoch = self.epoch();
-        self.early.retain(|_, (of, _)| *of >= epoch);
-        for (from, (of, have)) in self.early.clone() {
-            if of == epoch {
-                self.early.remove(&from);
-                self.serve(from, have);
-            }
-        }
-    }
-
-    /// Answers a member of this view that is behind. Nobody gets past the state that a view begins with
-    /// before all have it, so that is the present one.
-    fn serve(&mut self, to: Incarnation, have: Option<Progress>) {
-        let of_this_view = self.decision.as_ref().is_some_and(|decision| decision.view.member(to).is_some());
-        let (Standing::Going, Some(state), true) = (self.standing, self.current, of_this_view) else {
-            return;
-        };
-        let is_kept = |&before: &Progress| have == Some(before) && self.stable < state.applied;
-        let kept = self.previous.filter(is_kept).filter(|_| self.replays());
-        let transfer = match kept {
-            Some(before) => Transfer::Result { before, after: state },
-            None => Transfer::State { state },
-        };
-        // The copy is made when the program comes to it.
-        self.act(WorkerAction::Peer { to, message: PeerMessage::Soon });
-        self.act(WorkerAction::Send { to, transfer });
     }
 
     // ---- evidence ----

@@ -25,7 +25,7 @@
 //! # What is atomic
 //! - The first and the last collective of a step, at one worker; at another one they may complete later, or never. The
 //!   gradients are there as soon as they are asked for.
-//! - A member that lacks the state of its view asks and has it at once, from any member that answers; or never.
+//! - A member that lacks the state of its view asks and has it at once and whole, from any member that answers; or never.
 //! - A new incarnation is there as soon as it is asked for. A launcher that seeks has its worker.
 //! - The copy of a state is made when the core says that it is to be sent, and is under way from then on.
 //!

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::{Bounds, Missing, NEVER, PATIENCE, launcher_id, worker_id};
 use crate::membership::launcher::{Child, Launcher, LauncherAction, LauncherEvent};
 use crate::membership::message::{
-    Ballot, Decision, Envelope, Evidence, FromWorker, Message, PeerMessage, ToWorker, Transfer,
+    Ballot, Decision, Envelope, Evidence, FromWorker, Message, PeerMessage, Stripe, ToWorker, Transfer,
 };
 use crate::membership::mutation::Mutation;
 use crate::membership::progress::{Progress, Step};
@@ -386,7 +386,7 @@ impl Situation {
         let Some(index) = self.holder_of(to) else { return };
         let event = match content {
             Content::Message(message) => WorkerEvent::Peer { from, message },
-            Content::Bytes(transfer) => WorkerEvent::Received { from, transfer },
+            Content::Bytes(transfer) => WorkerEvent::Received { from, transfer, stripe: Stripe::WHOLE },
         };
         self.tell_worker(bounds, index, event);
     }
@@ -412,13 +412,13 @@ impl Situation {
         let others = self.nodes.iter().enumerate().filter(|(other, _)| *other != index);
         let answer = others.into_iter().find_map(|(_, node)| {
             let mut source = node.worker.clone()?;
-            let message = PeerMessage::Fetch { epoch, have };
+            let message = PeerMessage::Fetch { epoch, have, stripe: Stripe::WHOLE };
             let actions = source.handle(Duration::ZERO, WorkerEvent::Peer { from: me, message });
             let transfer = actions.into_iter().find_map(|action| match action {
                 WorkerAction::Send { transfer, .. } => Some(transfer),
                 _ => None,
             })?;
-            Some(WorkerEvent::Received { from: source.incarnation(), transfer })
+            Some(WorkerEvent::Received { from: source.incarnation(), transfer, stripe: Stripe::WHOLE })
         });
         if let Some(event) = answer {
             self.tell_worker(bounds, index, event);

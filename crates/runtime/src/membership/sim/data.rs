@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::super::message::Transfer;
+use super::super::message::{Stripe, Transfer};
 use super::super::mutation::Mutation;
 use super::super::progress::Step;
 use super::super::view::{Epoch, Incarnation, View};
@@ -40,8 +40,8 @@ pub(super) struct Program {
     arrived: BTreeMap<(Epoch, Step, u8), BTreeMap<Incarnation, Frame>>,
     /// Frames of an epoch that this worker has not entered: the sender's connection waits to be accepted.
     early: Vec<Frame>,
-    /// What came for a transfer that the core has not been told of yet.
-    incoming: Option<Bytes>,
+    /// What came of a transfer that the core has not adopted yet.
+    incoming: BTreeMap<Stripe, Bytes>,
     pub(super) mutation: Mutation,
     /// See [`Model::apply`].
     salt: u64,
@@ -61,7 +61,7 @@ impl Program {
             view: None,
             arrived: BTreeMap::new(),
             early: Vec::new(),
-            incoming: None,
+            incoming: BTreeMap::new(),
             mutation,
             salt,
         }
@@ -75,6 +75,7 @@ impl Program {
     pub(super) fn open(&mut self, view: View) -> Vec<Frame> {
         let epoch = view.epoch;
         self.view = Some(view);
+        self.incoming.clear();
         self.early.retain(|frame| frame.epoch >= epoch);
         let (now, later) =
             std::mem::take(&mut self.early).into_iter().partition(|f: &Frame| f.epoch == epoch);
@@ -110,21 +111,48 @@ impl Program {
         frames.map(|frames| Complete { frames })
     }
 
-    pub(super) fn expect(&mut self, bytes: Bytes) {
-        self.incoming = Some(bytes);
+    pub(super) fn expect(&mut self, stripe: Stripe, bytes: Bytes) {
+        self.incoming.insert(stripe, bytes);
     }
 
-    /// The bytes of a transfer that the core wants to have adopted.
-    pub(super) fn adopt(&mut self, transfer: Transfer) {
-        match (self.incoming.take(), transfer) {
+    /// Whether what is to be adopted has come in parts.
+    pub(super) fn has_parts(&self) -> bool {
+        !self.incoming.is_empty() && !self.incoming.contains_key(&Stripe::WHOLE)
+    }
+
+    /// The bytes of a transfer that the core wants to have adopted. Says whether its parts are of one state.
+    #[must_use]
+    pub(super) fn adopt(&mut self, transfer: Transfer) -> bool {
+        let mut parts = std::mem::take(&mut self.incoming);
+        let whole = parts.remove(&Stripe::WHOLE);
+        let is_whole = |parts: &BTreeMap<Stripe, Bytes>| {
+            let of = parts.keys().next().map_or(0, |stripe| usize::from(stripe.of));
+            parts.len() == of && parts.keys().all(|stripe| usize::from(stripe.of) == of)
+        };
+        match (whole, transfer) {
             (Some(Bytes::Result(result)), Transfer::Result { .. }) => self.apply(result),
-            (Some(Bytes::State(model)), Transfer::State { .. }) => {
-                self.model = *model;
-                self.result = None;
-                self.kept.clear();
+            (Some(Bytes::State(model)), Transfer::State { .. }) => self.load(*model),
+            (None, Transfer::State { .. }) if is_whole(&parts) => {
+                let mut models = parts.into_values().map(|part| match part {
+                    Bytes::State(model) => *model,
+                    Bytes::Result(_) => unreachable!("a part of a result"),
+                });
+                let Some(model) = models.next() else {
+                    unreachable!("{transfer:?} adopted of which nothing came")
+                };
+                let agree = models.all(|other| other == model);
+                self.load(model);
+                return agree;
             }
-            (bytes, _) => unreachable!("{transfer:?} adopted with {bytes:?}"),
+            (whole, _) => unreachable!("{transfer:?} adopted with {whole:?} and {parts:?}"),
         }
+        true
+    }
+
+    fn load(&mut self, model: Model) {
+        self.model = model;
+        self.result = None;
+        self.kept.clear();
     }
 
     pub(super) fn apply(&mut self, result: Inputs) {

@@ -56,6 +56,11 @@ fn work_of(seed: u64) -> (Duration, Duration) {
     (ms(state_ms), ms(if rng.bool() { 2 } else { rng.u64(2..=state_ms) }))
 }
 
+/// In how many parts a state comes at most. Drawn apart, as above.
+fn stripes_of(seed: u64) -> usize {
+    fastrand::Rng::with_seed(seed ^ 0x57e1).usize(1..5)
+}
+
 /// How a run ended: the violated invariant, if any.
 struct Outcome {
     violation: Option<String>,
@@ -64,11 +69,13 @@ struct Outcome {
     stable: usize,
     epochs: usize,
     foundings: u32,
+    striped: u64,
 }
 
 fn simulate(seed: u64, job: Job, mutation: Mutation, traced: bool) -> Outcome {
     let (state_work, result_work) = work_of(seed);
-    let mut world = World::new(seed, job, mutation, traced).with_work(state_work, result_work);
+    let world = World::new(seed, job, mutation, traced).with_work(state_work, result_work);
+    let mut world = world.with_stripes(stripes_of(seed));
     world.spite = 8;
     world.plan_faults(ms(500), PEACE);
     world.run_until(PEACE);
@@ -87,6 +94,7 @@ fn simulate(seed: u64, job: Job, mutation: Mutation, traced: bool) -> Outcome {
         stable: world.checks.stable.len(),
         epochs: world.checks.decisions.len(),
         foundings: world.checks.foundings,
+        striped: world.striped,
     }
 }
 
@@ -115,7 +123,7 @@ fn with_spares_and_with_states_for_results_no_seed_violates_an_invariant_either(
 
 fn no_seed_fails(default: u64, job_of: fn(u64) -> Job) {
     let (first, count) = (number("PACELINE_SIM_SEED", 0), number("PACELINE_SIM_SEEDS", default));
-    let (mut events, mut stable, mut epochs, mut foundings) = (0, 0, 0, 0);
+    let (mut events, mut stable, mut epochs, mut foundings, mut striped) = (0, 0, 0, 0, 0);
     for seed in first..first + count {
         let outcome = simulate(seed, job_of(seed), Mutation::None, false);
         assert!(outcome.violation.is_none(), "{}", explain(seed, job_of(seed), Mutation::None));
@@ -123,10 +131,13 @@ fn no_seed_fails(default: u64, job_of: fn(u64) -> Job) {
         stable += outcome.stable;
         epochs += outcome.epochs;
         foundings += outcome.foundings;
+        striped += outcome.striped;
     }
     eprintln!(
-        "{count} seeds: {events} events, {stable} stable steps, {epochs} epochs, {foundings} foundings"
+        "{count} seeds: {events} events, {stable} stable steps, {epochs} epochs, {foundings} foundings, {striped} states in \
+         parts"
     );
+    assert!(count < 100 || striped > 0, "no state came in parts in {count} seeds");
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::time::Duration;
 use fastrand::Rng;
 
 use super::super::launcher::{Child, Launcher, LauncherAction, LauncherEvent};
-use super::super::message::{self, Decision, Envelope, Evidence, FromWorker, Message, Transfer};
+use super::super::message::{self, Decision, Envelope, Evidence, FromWorker, Message, Stripe, Transfer};
 use super::super::mutation::Mutation;
 use super::super::progress::{Progress, Step};
 use super::super::settings::{CatchUp, Job};
@@ -55,7 +55,7 @@ pub(super) enum Happening {
     Transfer {
         from: Source,
         to: Incarnation,
-        transfer: Transfer,
+        part: (Transfer, Stripe),
         bytes: Bytes,
     },
     /// A worker that still runs puts a frame on its link.
@@ -129,6 +129,9 @@ pub(super) struct World {
     pub(super) state_work: Duration,
     pub(super) result_work: Duration,
     state_worth: u64,
+    stripes: usize,
+    /// How many states have come in parts.
+    pub(super) striped: u64,
     /// Until when transfers from one worker to another are under way.
     busy: BTreeMap<(Incarnation, Incarnation), Duration>,
     pub(super) trace: Option<Vec<String>>,
@@ -154,6 +157,8 @@ impl World {
             state_work: ms(20),
             result_work: ms(2),
             state_worth: 6,
+            stripes: 1,
+            striped: 0,
             busy: BTreeMap::new(),
             trace: traced.then(Vec::new),
             queue: BTreeMap::new(),
@@ -172,6 +177,12 @@ impl World {
     pub(super) fn with_work(mut self, state: Duration, result: Duration) -> Self {
         (self.state_work, self.result_work) = (state, result);
         self.state_worth = (state.as_micros() / result.as_micros()).clamp(1, 6) as u64;
+        self
+    }
+
+    /// With states that come in so many parts at most.
+    pub(super) fn with_stripes(mut self, stripes: usize) -> Self {
+        self.stripes = stripes;
         self
     }
 
@@ -211,7 +222,7 @@ impl World {
                     self.tell_worker(place, Some(to), event);
                 }
             }
-            Happening::Transfer { from, to, transfer, bytes } => self.on_transfer(from, to, transfer, bytes),
+            Happening::Transfer { from, to, part, bytes } => self.on_transfer(from, to, part, bytes),
             Happening::Emit { place, to, frame } => self.emit(place, to, frame),
             Happening::Frame { from, to, frame } => self.on_frame(from, to, frame),
             Happening::StartLauncher { seat } => self.start_launcher(seat),
@@ -264,7 +275,7 @@ impl World {
             CatchUp::State => mix((seat as u64) << 40 ^ u64::from(life) << 20 ^ u64::from(place.child.0)),
         };
         let program = Program::new(model, self.mutation, salt);
-        let core = core.with(self.mutation).with_state_worth(self.state_worth);
+        let core = core.with(self.mutation).with_state_worth(self.state_worth).with_stripes(self.stripes);
         let process =
             WorkerProcess { core, program, frozen: false, held: VecDeque::new(), tick_at: Duration::MAX };
         site.workers.insert(place.child, process);
@@ -564,7 +575,7 @@ impl World {
                     self.schedule(delay, Happening::Peer { from_seat: seat, to, event: event.clone() });
                 }
             }
-            WorkerAction::Send { to, transfer } => self.send(place, to, transfer),
+            WorkerAction::Send { to, transfer, stripe } => self.send(place, to, transfer, stripe),
             WorkerAction::Open(view) => {
                 let Some(process) = self.worker(place) else { return };
                 let me = process.core.incarnation();
@@ -597,7 +608,10 @@ impl World {
             }
             WorkerAction::Adopt(transfer) => {
                 let Some(process) = self.sites[seat].workers.get_mut(&child) else { return };
-                process.program.adopt(transfer);
+                self.striped += u64::from(process.program.has_parts());
+                if !process.program.adopt(transfer) {
+                    self.checks.fail(|| format!("I11: worker {} has parts of different states", name(place)));
+                }
                 self.checks.adopted(&process.core, &process.program.model, transfer);
             }
             WorkerAction::Stable(step) => {
@@ -722,7 +736,7 @@ impl World {
         }
     }
 
-    fn send(&mut self, place: Place, to: Incarnation, transfer: Transfer) {
+    fn send(&mut self, place: Place, to: Incarnation, transfer: Transfer, stripe: Stripe) {
         let (state_work, result_work) = (self.state_work, self.result_work);
         let Some(process) = self.worker(place) else { return };
         let from = Source { seat: place.seat, incarnation: process.core.incarnation() };
@@ -731,7 +745,10 @@ impl World {
                 let result = process.program.result.clone();
                 (Bytes::Result(result.expect("a result that is sent is kept")), result_work)
             }
-            Transfer::State { .. } => (Bytes::State(Box::new(process.program.model.clone())), state_work),
+            Transfer::State { .. } => {
+                let model = Box::new(process.program.model.clone());
+                (Bytes::State(model), state_work / u32::from(stripe.of))
+            }
         };
         if process.core.progress().map(|progress| progress.applied.0) != Some(process.program.model.applied())
         {
@@ -744,20 +761,22 @@ impl World {
         *free = now.max(*free) + work;
         let wait = *free - now;
         let delay = self.delay() + wait;
-        self.schedule(delay, Happening::Transfer { from, to, transfer, bytes });
+        self.schedule(delay, Happening::Transfer { from, to, part: (transfer, stripe), bytes });
     }
 
-    fn on_transfer(&mut self, from: Source, to: Incarnation, transfer: Transfer, bytes: Bytes) {
+    fn on_transfer(&mut self, from: Source, to: Incarnation, part: (Transfer, Stripe), bytes: Bytes) {
         let Some(place) = self.route(to) else { return };
         if self.is_cut(from.seat, place.seat) {
             return;
         }
+        let (transfer, stripe) = part;
         let Some(process) = self.worker(place) else { return };
         if process.frozen {
-            process.held.push_back(Happening::Transfer { from, to, transfer, bytes });
-        } else {
-            process.program.expect(bytes);
-            self.tell_worker(place, Some(to), WorkerEvent::Received { from: from.incarnation, transfer });
+            process.held.push_back(Happening::Transfer { from, to, part, bytes });
+        } else if process.core.wants(transfer, stripe) {
+            process.program.expect(stripe, bytes);
+            let event = WorkerEvent::Received { from: from.incarnation, transfer, stripe };
+            self.tell_worker(place, Some(to), event);
         }
     }
 }

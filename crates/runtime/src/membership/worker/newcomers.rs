@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{Worker, WorkerAction};
-use crate::membership::message::{PeerMessage, Transfer};
+use crate::membership::message::{PeerMessage, Stripe, Transfer};
 use crate::membership::progress::{Progress, Step};
 use crate::membership::view::{Incarnation, MAX_WORKERS};
 
@@ -113,7 +113,7 @@ impl Worker {
             follower.due &= !enters;
             self.followers.insert(to, follower);
             match transfer {
-                Some(transfer) => self.act(WorkerAction::Send { to, transfer }),
+                Some(transfer) => self.act(WorkerAction::Send { to, transfer, stripe: Stripe::WHOLE }),
                 None if enters => self.have_enter(to),
                 None => {}
             }

@@ -5,6 +5,7 @@ use crate::membership::view::{Mode, Seat, Voter};
 
 const MS: Duration = Duration::from_millis(1);
 const NEWCOMER: Incarnation = Incarnation(9);
+const WHOLE: Stripe = Stripe::WHOLE;
 
 /// A view of workers 1 to 3 under one launcher, which begins after the fourth step.
 fn decision() -> Decision {
@@ -76,7 +77,7 @@ fn what_a_worker_has_loaded_itself_counts_for_nothing_in_a_job_that_goes_on() {
     let asked = asks(actions).expect("it wants the state");
     let state = decision().resolution.state();
     let transfer = Transfer::State { state };
-    worker.handle(Duration::ZERO, WorkerEvent::Received { from: asked, transfer });
+    worker.handle(Duration::ZERO, WorkerEvent::Received { from: asked, transfer, stripe: WHOLE });
     assert_eq!(worker.progress(), Some(state), "though it is of an earlier step");
 }
 
@@ -207,18 +208,22 @@ fn where_states_are_taken_over_a_newcomer_is_to_enter_at_once_and_a_member_that_
     next.resolution =
         Resolution { applied: state.applied, lineage: state.lineage, sources: vec![Incarnation(1)] };
     worker.handle(Duration::ZERO, WorkerEvent::Launcher(ToWorker::Install(next.clone())));
-    let message = PeerMessage::Fetch { epoch: Epoch(2), have: before };
+    let message = PeerMessage::Fetch { epoch: Epoch(2), have: before, stripe: WHOLE };
     let actions = worker.handle(Duration::ZERO, WorkerEvent::Peer { from: NEWCOMER, message });
     let transfer = Transfer::State { state };
-    assert!(actions.contains(&WorkerAction::Send { to: NEWCOMER, transfer }), "{actions:?}");
+    assert!(actions.contains(&WorkerAction::Send { to: NEWCOMER, transfer, stripe: WHOLE }), "{actions:?}");
 
     let (mut outside, _) = Worker::new(job(CatchUp::State), NEWCOMER, None, Duration::ZERO);
     outside.handle(Duration::ZERO, WorkerEvent::Launcher(ToWorker::Install(decision())));
     let state = decision().resolution.state();
     let from = Incarnation(1);
-    outside.handle(MS, WorkerEvent::Received { from, transfer: Transfer::State { state } });
+    outside.handle(MS, WorkerEvent::Received { from, transfer: Transfer::State { state }, stripe: WHOLE });
     let transfer = Transfer::Result { before: state, after: state.after(Epoch(1)) };
-    assert_eq!(outside.handle(MS, WorkerEvent::Received { from, transfer }), [], "a result is not applied");
+    assert_eq!(
+        outside.handle(MS, WorkerEvent::Received { from, transfer, stripe: WHOLE }),
+        [],
+        "a result is not applied"
+    );
 }
 
 #[test]
@@ -249,10 +254,110 @@ fn a_newcomer_keeps_a_newer_state_when_a_slower_source_sends_an_older_one() {
     let (mut worker, asked) = newcomer();
     let state = |step| Progress { applied: Step(step), lineage: step };
     let send = |worker: &mut Worker, from, step| {
-        worker.handle(MS, WorkerEvent::Received { from, transfer: Transfer::State { state: state(step) } });
+        let transfer = Transfer::State { state: state(step) };
+        worker.handle(MS, WorkerEvent::Received { from, transfer, stripe: WHOLE });
         worker.progress()
     };
     assert_eq!(send(&mut worker, asked, 6), Some(state(6)));
     assert_eq!(send(&mut worker, Incarnation(3), 5), Some(state(6)));
     assert_eq!(send(&mut worker, Incarnation(3), 7), Some(state(7)));
+}
+
+/// A worker that is a member of the view without its state, and what it asks for.
+fn behind(stripes: usize, have: Option<Progress>, catch_up: CatchUp) -> (Worker, Vec<(Incarnation, Stripe)>) {
+    let (worker, _) = Worker::new(job(catch_up), NEWCOMER, None, Duration::ZERO);
+    let mut worker = worker.with_stripes(stripes);
+    worker.current = have;
+    let mut entered = decision();
+    entered.view.members.push(Member { incarnation: NEWCOMER, launcher: Incarnation(99), slots: vec![] });
+    let actions = worker.handle(Duration::ZERO, WorkerEvent::Launcher(ToWorker::Install(entered)));
+    (worker, fetched(&actions))
+}
+
+/// Which parts these actions ask for, and whom.
+fn fetched(actions: &[WorkerAction]) -> Vec<(Incarnation, Stripe)> {
+    let fetch = |action: &WorkerAction| match *action {
+        WorkerAction::Peer { to, message: PeerMessage::Fetch { stripe, .. } } => Some((to, stripe)),
+        _ => None,
+    };
+    actions.iter().filter_map(fetch).collect()
+}
+
+fn adopts(actions: &[WorkerAction]) -> bool {
+    actions.iter().any(|action| matches!(action, WorkerAction::Adopt(_)))
+}
+
+#[test]
+fn a_member_that_is_behind_asks_each_source_for_a_part_of_the_state_and_has_it_when_all_have_come() {
+    let (mut worker, asked) = behind(8, None, CatchUp::Results);
+    let indices: Vec<u16> = asked.iter().map(|(_, stripe)| stripe.index).collect();
+    let whom: BTreeSet<Incarnation> = asked.iter().map(|(to, _)| *to).collect();
+    assert_eq!((indices, whom.len()), (vec![0, 1, 2], 3), "{asked:?}");
+    let transfer = Transfer::State { state: decision().resolution.state() };
+    for &(from, stripe) in &asked[..2] {
+        assert!(!adopts(&worker.handle(MS, WorkerEvent::Received { from, transfer, stripe })));
+        assert!(
+            !adopts(&worker.handle(MS, WorkerEvent::Received { from, transfer, stripe })),
+            "once is not twice"
+        );
+    }
+    let odd = Stripe { index: 2, of: 5 };
+    assert!(!worker.wants(transfer, odd), "of another division");
+    assert!(!adopts(&worker.handle(MS, WorkerEvent::Received { from: asked[2].0, transfer, stripe: odd })));
+    let (from, stripe) = asked[2];
+    assert!(adopts(&worker.handle(MS, WorkerEvent::Received { from, transfer, stripe })));
+    assert_eq!(worker.progress(), Some(decision().resolution.state()));
+    assert!(!worker.wants(transfer, stripe), "it has all");
+}
+
+#[test]
+fn only_the_part_that_has_not_come_is_asked_of_another_source() {
+    let (mut worker, asked) = behind(2, None, CatchUp::Results);
+    let [(first, one), (second, other)] = asked[..] else { panic!("{asked:?}") };
+    let transfer = Transfer::State { state: decision().resolution.state() };
+    worker.handle(MS, WorkerEvent::Received { from: first, transfer, stripe: one });
+    worker.handle(2 * MS, soon(second));
+    assert_eq!(
+        fetched(&worker.handle(502 * MS, WorkerEvent::Tick)),
+        [(second, other)],
+        "it has said that it will"
+    );
+    let again = fetched(&worker.handle(1002 * MS, WorkerEvent::Tick));
+    assert!(matches!(again[..], [(to, stripe)] if to != second && stripe == other), "{again:?}");
+    let (from, stripe) = again[0];
+    assert!(adopts(&worker.handle(1003 * MS, WorkerEvent::Received { from, transfer, stripe })));
+}
+
+#[test]
+fn a_state_comes_whole_where_parts_of_it_would_be_of_different_ones_or_a_result_is_enough() {
+    let state = decision().resolution.state();
+    let before = Progress { applied: Step(state.applied.0 - 1), lineage: 3 };
+    for (have, catch_up) in [(None, CatchUp::State), (Some(before), CatchUp::Results)] {
+        let (mut worker, asked) = behind(8, have, catch_up);
+        assert!(matches!(asked[..], [(_, Stripe::WHOLE)]), "{asked:?}");
+        let (from, transfer) = (asked[0].0, Transfer::State { state });
+        assert!(adopts(&worker.handle(MS, WorkerEvent::Received { from, transfer, stripe: WHOLE })));
+    }
+    let (mut worker, asked) = behind(8, None, CatchUp::Results);
+    let (from, transfer) = (asked[0].0, Transfer::State { state });
+    assert!(
+        adopts(&worker.handle(MS, WorkerEvent::Received { from, transfer, stripe: WHOLE })),
+        "what was on its way"
+    );
+}
+
+#[test]
+fn parts_are_all_there_is_and_no_byte_twice() {
+    for (len, of) in [(0, 1), (1, 3), (7, 3), (1000, 8), (usize::MAX, 8)] {
+        let mut next = 0;
+        for index in 0..of {
+            let range = Stripe { index, of }.range(len);
+            assert_eq!(range.start, next);
+            assert!(range.len() <= len / usize::from(of) + 1);
+            next = range.end;
+        }
+        assert_eq!(next, len);
+    }
+    assert!(!Stripe { index: 1, of: 1 }.is_valid() && !Stripe { index: 0, of: 0 }.is_valid());
+    assert!(!Stripe { index: 0, of: MAX_STRIPES as u16 + 1 }.is_valid());
 }
