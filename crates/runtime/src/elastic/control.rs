@@ -604,6 +604,7 @@ impl<G: Gradient> Control<G> {
         let me = draw();
         tracing::info!(%old, new = %me, "out of the view; entering again");
         self.contact.incarnation = me;
+        self.received.clear();
         self.exchange.become_incarnation(me);
         self.tell_launcher(&FromChild::Contact(self.contact.clone()));
         // Before any other event: what is left to do comes after its answer.

@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
-use paceline_transport::shm::prefer_huge_pages;
 use paceline_transport::tls::{Connection, Endpoint, MessageReceiver, MessageSender};
 use paceline_transport::{Error as TransportError, IoHandle};
 use serde::{Deserialize, Serialize};
@@ -74,8 +73,9 @@ pub(super) struct Hooks {
 /// The most bytes that a transfer may have.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
-    /// A copy of the state has at most so many.
-    pub(super) state: usize,
+    /// The tensors of a state have exactly so many together, and what stands before them in each copy has at most so many.
+    pub(super) tensors: usize,
+    pub(super) header: usize,
     /// The result of a step has exactly so many.
     pub(super) result: usize,
 }
@@ -457,16 +457,15 @@ impl Reception {
     ) -> Result<Incoming, TransportError> {
         let size = usize::try_from(size).unwrap_or(usize::MAX);
         let fits = match transfer {
-            Transfer::State { .. } => size <= self.limits.state && stripe.is_valid(),
+            Transfer::State { .. } if !stripe.is_valid() => false,
+            Transfer::State { .. } => size <= self.limits.header + stripe.range(self.limits.tensors).len(),
             Transfer::Result { .. } => size == self.limits.result && stripe == Stripe::WHOLE,
         };
         if !fits || present.len() > MAX_SLOTS {
             return Err(refused("a transfer of another size than this program's"));
         }
         // Of zeros, which need no memory before they are written over.
-        let mut bytes = vec![0; size];
-        prefer_huge_pages(&mut bytes);
-        Ok(Incoming { transfer, stripe, present, bytes, filled: 0, digest: Xxh3::new() })
+        Ok(Incoming { transfer, stripe, present, bytes: vec![0; size], filled: 0, digest: Xxh3::new() })
     }
 }
 
@@ -516,7 +515,7 @@ mod tests {
             endpoint
         };
         let endpoints = [endpoint(&io[0], ONE), endpoint(&io[1], OTHER)];
-        let limits = Limits { state: LARGE, result: LARGE };
+        let limits = Limits { tensors: LARGE, header: 0, result: LARGE };
         let (news, arrived) = channel();
         let (go_on, waits) = channel();
         let (news, waits) = (Mutex::new(news), Mutex::new(Some(waits)));

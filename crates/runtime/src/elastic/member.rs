@@ -18,7 +18,7 @@ use super::failpoint::{Failpoints, Point};
 use super::links::{Door, Fence, Links};
 use super::pipe::{self, Contact, FromChild, ToChild, Welcome, Wish};
 use super::program::Program;
-use super::training::Training;
+use super::training::{HEADER_LIMIT, Training};
 use super::{Config, End, Stop, draw};
 use crate::env::{self, ElasticEnv};
 use crate::membership::{Step, Stripe, Transfer, Worker};
@@ -70,7 +70,8 @@ pub(super) fn train<P: Program>(
     let (commands, commanded) = channel();
     let (orders, ordered) = channel();
     let input_len = training.input_len();
-    let limits = Limits { state: training.state_limit(), result: input_len * size_of::<P::Gradient>() };
+    let result = input_len * size_of::<P::Gradient>();
+    let limits = Limits { tensors: training.state_size(), header: HEADER_LIMIT, result };
     let arrivals = inputs.clone();
     let pieces = failpoints.clone();
     let arrived = move |arrival| {

@@ -3,8 +3,6 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use paceline_transport::shm::prefer_huge_pages;
-
 use super::program::Gradient;
 
 /// The most buffers that are kept: a step has an input and a result, and so has the one before.
@@ -41,9 +39,7 @@ impl<G: Gradient> Pool<G> {
     }
 
     fn fresh(&self) -> Vec<G> {
-        let mut buffer = vec![G::default(); self.len];
-        prefer_huge_pages(bytemuck::cast_slice_mut(&mut buffer));
-        buffer
+        vec![G::default(); self.len]
     }
 
     /// Takes a buffer back, unless somebody still reads it.

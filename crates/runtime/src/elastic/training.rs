@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use paceline_transport::shm::prefer_huge_pages;
 use paceline_transport::wire;
 use serde::{Deserialize, Serialize};
 
@@ -49,7 +48,7 @@ struct Header {
 }
 
 /// The most that is in front of the tensors, in bytes.
-const HEADER_LIMIT: usize = wire::MESSAGE_LIMIT + PREFIX_BYTES;
+pub(super) const HEADER_LIMIT: usize = wire::MESSAGE_LIMIT + PREFIX_BYTES;
 const PREFIX_BYTES: usize = 4;
 
 impl<'p, P: Program> Training<'p, P> {
@@ -108,11 +107,6 @@ impl<'p, P: Program> Training<'p, P> {
         self.program.state().iter().map(|tensor| tensor.bytes.len()).sum()
     }
 
-    /// The most bytes of a copy of the state.
-    pub(super) fn state_limit(&mut self) -> usize {
-        self.state_size() + HEADER_LIMIT
-    }
-
     /// Where inputs come from, and should go back to.
     pub(super) fn pool(&self) -> &Arc<Pool<P::Gradient>> {
         &self.pool
@@ -161,19 +155,15 @@ impl<'p, P: Program> Training<'p, P> {
         let header = Header { ledger: self.ledger.clone(), closed: self.closed, layout };
         let header = wire::encode(&header).map_err(|e| Error::Transport(e.into()))?;
         let wanted = stripe.range(self.state_size());
-        let prefix = (header.len() as u32).to_le_bytes();
-        let mut copy = vec![0; prefix.len() + header.len() + wanted.len()];
-        prefer_huge_pages(&mut copy);
-        let (front, mut rest) = copy.split_at_mut(prefix.len() + header.len());
-        front[..prefix.len()].copy_from_slice(&prefix);
-        front[prefix.len()..].copy_from_slice(&header);
+        let mut copy = Vec::with_capacity(PREFIX_BYTES + header.len() + wanted.len());
+        copy.extend_from_slice(&(header.len() as u32).to_le_bytes());
+        copy.extend_from_slice(&header);
         let mut before = 0;
         for tensor in self.program.state() {
             let len = tensor.bytes.len();
             let [start, end] = [wanted.start, wanted.end].map(|place| place.saturating_sub(before).min(len));
-            let (part, after) = rest.split_at_mut(end - start);
-            part.copy_from_slice(&tensor.bytes[start..end]);
-            (rest, before) = (after, before + len);
+            copy.extend_from_slice(&tensor.bytes[start..end]);
+            before += len;
         }
         Ok(copy)
     }

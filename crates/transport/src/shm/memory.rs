@@ -140,21 +140,6 @@ impl Drop for SharedMemory {
     }
 }
 
-/// Has the kernel use huge pages for a buffer that has not been written to yet, if it is so large that this saves something
-/// and the kernel leaves the choice to us. A fresh buffer of 25 MiB costs some 6,000 page faults otherwise.
-pub fn prefer_huge_pages(buffer: &mut [u8]) {
-    if buffer.len() < HUGE_PAGE_BYTES {
-        return;
-    }
-    let page = rustix::param::page_size();
-    let (start, end) = (buffer.as_ptr().align_offset(page), buffer.as_ptr_range().end.addr() % page);
-    if let Some(whole) = buffer.len().checked_sub(end).and_then(|end| buffer.get_mut(start..end)) {
-        // A wish, as above.
-        // SAFETY: whole pages of memory that is borrowed for this call, of which the advice changes no content.
-        let _ = unsafe { madvise(whole.as_mut_ptr().cast(), whole.len(), Advice::LinuxHugepage) };
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -178,16 +163,6 @@ mod tests {
         let file = memfd_create("open", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).expect("a memfd");
         ftruncate(&file, 4096).expect("space");
         assert!(SharedMemory::open(file, 4096).expect_err("no seal").to_string().contains("shrinking"));
-    }
-
-    #[test]
-    fn advice_on_huge_pages_changes_no_byte_wherever_a_buffer_begins() {
-        let mut buffer = vec![7u8; 3 * HUGE_PAGE_BYTES];
-        for offset in [0, 1, 4095, HUGE_PAGE_BYTES, 3 * HUGE_PAGE_BYTES] {
-            prefer_huge_pages(&mut buffer[offset..]);
-        }
-        prefer_huge_pages(&mut []);
-        assert!(buffer.iter().all(|&byte| byte == 7));
     }
 
     #[test]

@@ -31,7 +31,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 pub use layout::{BOARD_BYTES, LINE_BYTES, RANK_LIMIT};
-pub use memory::{SharedMemory, prefer_huge_pages};
+pub use memory::SharedMemory;
 pub use segments::Segments;
 
 use self::handshake::Acquaintance;
