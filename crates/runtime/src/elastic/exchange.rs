@@ -623,7 +623,7 @@ mod tests {
                 vec![(begin(100), vec![]), (piece(), flipped), (Frame::End { digest }, vec![])],
             ),
             (
-                "the end is missing",
+                "a byte less than announced",
                 vec![(begin(101), vec![]), (piece(), bytes.clone()), (Frame::End { digest }, vec![])],
             ),
             ("more than announced", vec![(begin(99), vec![]), (piece(), bytes.clone())]),
